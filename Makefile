@@ -1,0 +1,56 @@
+# Everything a newcomer needs; `make` alone lists it. Linux, python3.11.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV := .venv
+ORDER ?= embedded
+UI_PORT ?= 5000
+export PREFECT_PORT ?= 4200
+export DO_NOT_TRACK := true
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help env run compare report ui serve stop test lint clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+# Made again only when the dependencies change.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+env: $(VENV)/.ready ## make the environment (.venv), as every command below does when it must
+
+run: env ## learn the four embedded tasks (dvc repro: only what changed) and show the result
+	@dvc repro
+	@python -m flows.show embedded
+	@echo "Curves, scores and adapters of every run:  make ui"
+
+compare: env ## the same tasks without and with the method: seqlora beside gainlora-inflora
+	@gainlora compare $(ORDER) --methods seqlora,gainlora-inflora
+
+report: env ## one HTML page over all runs
+	@gainlora report
+
+ui: env ## MLflow's pages on http://127.0.0.1:5000 (UI_PORT=...); ends with Ctrl-C
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
+		--backend-store-uri "sqlite:///$(CURDIR)/mlruns/mlflow.db"
+
+serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...), deployments, one worker; in the background
+	@python -m flows.server start
+
+stop: env ## end what `make serve` started
+	@python -m flows.server stop
+
+test: env ## all tests
+	@python -m pytest
+
+lint: env ## ruff and mypy
+	@ruff check . && ruff format --check . && mypy
+
+clean: ## remove the environment and caches; data, models, runs and mlruns stay
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,290 @@
+"""Flow `continual`: one order of tasks, learned one after another.
+
+    version data -> open the run folder -> for each task: prepare branch -> train -> update subspaces
+    -> evaluate seen tasks -> finish -> record in MLflow -> result
+
+Started by `gainlora run` and `dvc repro` (through flows/supervise.py) or by a worker (`prefect deployment run
+continual-order1`). Every step is idempotent on the run folder, so starting the flow again resumes it; no Prefect
+result is cached. Tasks take paths and plain values only; gainlora/learning/stream.py keeps the model in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.states import Failed
+
+from flows import versions
+from gainlora.config import load_config, read_params
+from gainlora.errors import GainLoRAError
+
+STEP = "{t}/{total} {name}"
+
+
+@flow(name="continual", flow_run_name="{order}", validate_parameters=True)
+def continual(
+    order: str = "embedded",
+    method: str | None = None,
+    seed: int | None = None,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    skip_incomplete: bool = False,
+    overrides: dict[str, Any] | None = None,
+) -> Any:
+    """Learn an order's tasks in sequence.
+
+    Args:
+        order: a name under `orders` in params.yaml.
+        method, seed: in place of those in params.yaml.
+        train_limit, test_limit: examples per task, in place of data.train_limit and data.test_limit.
+        skip_incomplete: leave out tasks whose files are missing.
+        overrides: any other option by its dotted name, e.g. {"train.learning_rate": 5e-4}.
+
+    Returns:
+        The content of result.json: R, AP, FT and BWT. With bad input or state the run ends as Failed with one message.
+    """
+    named = {"method": method, "seed": seed, "data.train_limit": train_limit, "data.test_limit": test_limit}
+    options = {**(overrides or {}), **{option: value for option, value in named.items() if value is not None}}
+    if skip_incomplete:
+        options["data.skip_incomplete"] = True
+    try:
+        return learn(order, options)
+    except GainLoRAError as error:
+        return Failed(message=str(error))
+
+
+def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The chain of steps for one order under `options` (dotted names, laid over params.yaml)."""
+    config = load_config(order, overrides=options)
+    hashes = version_data(order, config.order.data)
+    folder, tasks, finished = open_run(order, options, hashes)
+    report_start(folder, finished, tasks)
+    with tracked(folder) as tracked_run:
+        progress = create_progress_artifact(100 * finished / len(tasks), key=artifact_key("progress", folder))
+        for t, name in enumerate(tasks, start=1):
+            step = {"folder": folder, "t": t, "total": len(tasks), "name": name}
+            prepare(**step)
+            train(**step)
+            update(**step)
+            scores = evaluate(**step)
+            task_folder = finish(**step)
+            record(task_folder, tracked_run, **step)
+            report_task(step, scores, resumed=t <= finished)
+            update_progress_artifact(progress, 100 * t / len(tasks))
+        result = conclude(folder, tracked_run)
+    if config == load_config(order):  # only what params.yaml says is DVC's business
+        publish(order, folder)
+    return result
+
+
+# ---- the steps ----------------------------------------------------------------------------------
+
+
+@task(task_run_name="version data of {order}")
+def version_data(order: str, data: str) -> dict[str, str]:
+    """DVC's hash of the data folder as it is now: {tracked path: md5}; empty where DVC does not track it."""
+    hashes, changed = versions.data_hashes(Path(data))
+    for path in changed:
+        get_run_logger().warning("%s is not as DVC recorded it; its present hash is noted in the run", path)
+    return hashes
+
+
+@task(task_run_name="open run of {order}")
+def open_run(order: str, options: dict[str, Any], hashes: dict[str, str]) -> tuple[str, list[str], int]:
+    """Make or reopen the run folder: its path, its tasks' names, how many of them are finished."""
+    from gainlora.learning.stream import Stream
+
+    stream = Stream.create(load_config(order, overrides=options))
+    versions.note_hashes(stream.folder, hashes)
+    return str(stream.folder), list(stream.tasks), stream.finished
+
+
+@task(task_run_name=f"prepare branch {STEP}")
+def prepare(folder: str, t: int, total: int, name: str) -> None:
+    """The new task's branch and gate, before training."""
+    stream(folder).prepare(t)
+
+
+@task(task_run_name=f"train {STEP}")
+def train(folder: str, t: int, total: int, name: str) -> None:
+    """Train branch t."""
+    stream(folder).train(t)
+
+
+@task(task_run_name=f"update subspaces {STEP}")
+def update(folder: str, t: int, total: int, name: str) -> None:
+    """Fold what was learned and expand the protected subspaces."""
+    stream(folder).update(t)
+
+
+@task(task_run_name=f"evaluate seen tasks {STEP}")
+def evaluate(folder: str, t: int, total: int, name: str) -> dict[str, Any]:
+    """Scores on tasks 1..t: the content of scores.json."""
+    return stream(folder).evaluate(t)
+
+
+@task(task_run_name=f"finish {STEP}")
+def finish(folder: str, t: int, total: int, name: str) -> str:
+    """Let the task's folder appear, whole; its path."""
+    return str(stream(folder).finish(t))
+
+
+@task(task_run_name=f"record {STEP}", retries=3, retry_delay_seconds=[1, 5, 15])
+def record(task_folder: str, tracked_run: str, folder: str, t: int, total: int, name: str) -> None:
+    """The finished task as an MLflow child run."""
+    from gainlora.tracking import mlflow
+
+    mlflow.record_task(Path(folder), Path(task_folder), tracked_run, section("tracking"), Path("."))
+
+
+@task(task_run_name="conclude", retries=3, retry_delay_seconds=[1, 5, 15])
+def conclude(folder: str, tracked_run: str) -> dict[str, Any]:
+    """R, AP, FT and BWT of the whole run, in result.json and in MLflow."""
+    from gainlora.tracking import mlflow
+
+    result = stream(folder).result()
+    mlflow.finish(Path(folder), tracked_run, section("tracking"), section("report"), Path("."))
+    return result
+
+
+@task(task_run_name="publish {order}")
+def publish(order: str, folder: str) -> None:
+    """metrics/<order>.json and adapters/<order>/, and outside `dvc repro` DVC's record of them."""
+    versions.export(order, Path(folder))
+    if note := versions.commit(order):
+        get_run_logger().warning(note)
+
+
+# ---- around the steps ---------------------------------------------------------------------------
+
+
+def stream(folder: str) -> Any:
+    """The run folder's Stream; its model stays loaded in this process."""
+    from gainlora.learning.stream import Stream
+
+    return Stream.open(Path(folder))
+
+
+def section(name: str) -> dict[str, Any]:
+    """params.yaml's `tracking` or `report`, which decide nothing about what is learned."""
+    return dict(read_params().get(name) or {})
+
+
+@contextmanager
+def tracked(folder: str) -> Iterator[str]:
+    """An MLflow run around the steps: FAILED when one fails, KILLED when the flow is cancelled."""
+    from gainlora.tracking import mlflow
+
+    tracked_run = task(mlflow.start, name="start MLflow run", retries=3, retry_delay_seconds=[1, 5, 15])(
+        Path(folder), section("tracking"), Path(".")
+    )
+    try:
+        yield tracked_run
+    except BaseException as error:  # also KeyboardInterrupt and Prefect's TerminationSignal
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        mlflow.fail(tracked_run, status, section("tracking"), Path("."))
+        raise
+
+
+def report_start(folder: str, finished: int, tasks: list[str]) -> None:
+    resumed = f", {finished} finished before" if finished else ""
+    get_run_logger().info(f"{folder}: {len(tasks)} tasks{resumed}")
+
+
+def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> None:
+    """One line on the screen and R so far as a Prefect artifact."""
+    decimals = int(section("report").get("decimals", 1))
+    each = "  ".join(f"{name} {score:.{decimals}f}" for name, score in scores["scores"].items())
+    seconds = sum(scores["seconds"].values())
+    when = "finished before" if resumed else f"{int(seconds // 60)} min {seconds % 60:02.0f} s"
+    get_run_logger().info(
+        f"task {step['t']}/{step['total']} {step['name']} | {each} | AP {scores['AP']:.{decimals}f} | {when}"
+    )
+    create_markdown_artifact(
+        matrix_markdown(step["folder"], step["t"], decimals),
+        key=artifact_key("accuracy-matrix", step["folder"]),
+        description=f"R after task {step['t']} of {step['total']}: row = learned, column = evaluated",
+    )
+
+
+def matrix_markdown(folder: str, t: int, decimals: int) -> str:
+    """R, rows 1..t, as a Markdown table."""
+    import json
+
+    rows = [json.loads(next(Path(folder).glob(f"task_{i:02d}_*/scores.json")).read_text()) for i in range(1, t + 1)]
+    names = [row["task"] for row in rows]
+    lines = ["| after | " + " | ".join(names) + " | AP |", "|---" * (t + 2) + "|"]
+    for i, row in enumerate(rows, start=1):
+        cells = [f"{row['scores'][n]:.{decimals}f}" if n in row["scores"] else "" for n in names]
+        lines.append(f"| {i} {row['task']} | " + " | ".join(cells) + f" | {row['AP']:.{decimals}f} |")
+    return "\n".join(lines)
+
+
+def artifact_key(kind: str, folder: str) -> str:
+    """Prefect allows lower-case letters, digits and dashes."""
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', Path(folder).name.lower())}"
+
+
+# ---- as a process of its own, started by flows/supervise.py -------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m flows.continual PARAMETERS [FD]`: run the flow on JSON parameters; the exit code."""
+    import json
+
+    if len(arguments) > 1:
+        threading.Thread(target=_end_with_supervisor, args=[int(arguments[1])], daemon=True).start()
+    _print_own_lines()
+    try:
+        state = continual(**json.loads(arguments[0]), return_state=True)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished tasks are kept; the same command goes on after them.", file=sys.stderr)
+        return 130
+    if state.is_completed():
+        from flows.show import show
+
+        if "DVC_STAGE" not in os.environ:
+            show(state.result())
+        return 0
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, BaseException) and error.__traceback__ and state.data is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    else:
+        print(f"error: {state.message}", file=sys.stderr)
+    return 1
+
+
+def _print_own_lines() -> None:
+    """The lines this file logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
+    import logging
+
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(lambda entry: entry.pathname == __file__)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addHandler(handler)
+
+
+def _end_with_supervisor(pipe: int) -> None:
+    """End this process's group when the supervisor is gone: its end of the pipe closes even on SIGKILL."""
+    import signal
+
+    os.read(pipe, 1)
+    os.killpg(0, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""`gainlora run` -> one flow run in a process group of its own.
+
+A flow called as a function starts a temporary Prefect server, which outlives a hard kill and then holds
+the terminal's pipes open (`dvc repro | tail` would hang). So the flow runs in a child with its own session;
+signals are passed on, and when the child has ended its whole group is ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from flows.server import environment, find_server
+
+
+def run_flow(parameters: Mapping[str, Any]) -> int:
+    """Run flow `continual` with its parameters; the exit code.
+
+    Uses the Prefect server of PREFECT_API_URL or `make serve` when there is one, else a temporary one.
+
+    Returns:
+        0 when the run completed, 1 when it failed, 130 or 143 when it was interrupted.
+    """
+    # The child holds the pipe's reading end: it ends itself when this process is killed without warning.
+    alive, held = os.pipe()
+    received: list[int] = []
+    values = environment(find_server())
+    # Prefect's own lines stay in its UI; the flow prints its own (flows/continual.py).
+    values["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flows.continual", json.dumps(dict(parameters)), str(alive)],
+        env=values,
+        pass_fds=[alive],
+        start_new_session=True,
+    )
+    os.close(alive)
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 2:  # whoever asks a third time means now
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            os.kill(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        # Not reaped before its group is ended: until then the group's id cannot be given to anyone else.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        code = child.wait()
+        os.close(held)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 130 if received[0] == signal.SIGINT else 143
+    return code if code >= 0 else 128 - code

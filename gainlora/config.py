@@ -1,0 +1,376 @@
+"""params.yaml -> frozen dataclasses.
+
+One `Config` describes one run completely. It is read from params.yaml (every section below is a
+section there), the chosen order's own `settings` are laid over it, then the overrides of the command
+line or of `prefect deployment run --param`. Contradictions are refused here, by the option's name,
+before anything is fetched, loaded or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gainlora.errors import GainLoRAError
+
+RULES = ("seqlora", "inclora", "inflora")
+"""Branch rules; `gainlora-X` is rule X with gated integration."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = "smollm2-135m"
+    """`smollm2-135m` (the embedded model), a hub id, or a local folder."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base. `auto`: bfloat16 where the device computes in it, float32 elsewhere.
+    Branches, gates, bases and covariances are float32 in every case."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How task files become examples and tokens."""
+
+    max_prompt_tokens: int = 160
+    """Longer prompts lose tokens at their start, so that "Output: " survives."""
+    max_target_tokens: int = 50
+    """Longer targets lose tokens at their end."""
+    train_limit: int | None = 320
+    """Training examples per task, the same for every seed; null takes all."""
+    test_limit: int | None = 100
+    """Test examples per task, the same for every seed; null takes all."""
+    references: Literal["all", "first"] = "all"
+    """Score against every reference of an instance (best match), or the first (the authors' protocol)."""
+    skip_incomplete: bool = False
+    """Run an order without the tasks whose files are missing, and record that."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank branches: e = W h + (alpha / rank) * sum_i a_i B_i A_i h."""
+
+    rank: int = 8
+    """Rows of A_i, columns of B_i."""
+    alpha: float = 16.0
+    """Scaling numerator."""
+    targets: tuple[str, ...] | None = None
+    """Names of the linear layers to adapt; null: q and v projections of every attention."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gating module g_i, one per task (used by `gainlora-*` methods)."""
+
+    hidden: int = 50
+    """Width of the hidden layer(s): 100 for T5, 50 for Llama in the paper."""
+    depth: int = 2
+    """L, the number of hidden layers: shapes d -> hidden -> ... -> d."""
+    score: Literal["cosine", "linear"] = "cosine"
+    """`cosine`: b = 4 cos(p_L, key), the authors' code. `linear`: b = key . p_L, the paper's equation."""
+    key_norm: float | None = None
+    """Norm of a new key; null: sqrt(d / 3), the authors' T5."""
+    initial_direction: Literal["svd", "random"] = "svd"
+    """A new key's direction: top direction of the task's features outside the memory, or a Gaussian."""
+    constrain_init: bool = True
+    """False (ablation): the new key is not projected out of the memory."""
+    constrain_update: bool = True
+    """False (ablation): the gate trains without the memory's constraint."""
+
+
+@dataclass(frozen=True)
+class SubspaceConfig:
+    """Gradient projection memory of gates and of InfLoRA's layers."""
+
+    threshold: float = 0.995
+    """Share of energy that a layer's basis keeps at task 1; rises to 1 over `horizon` tasks."""
+    gate_threshold: float = 0.995
+    """The same for the gate's bases."""
+    energy: Literal["covariance", "representation"] = "covariance"
+    """Energy of a direction: singular value of the covariance squared (the authors), or the value itself."""
+    horizon: int | None = None
+    """H of the schedule e_t = e + (1 - e) (t - 1) / H; null: the number of tasks of the order."""
+    covariance_blocks: int = 1
+    """Keep layer covariances block-diagonal, b blocks of d/b inputs (for d of several thousand)."""
+    max_examples: int | None = None
+    """Cap on the training examples of a covariance pass; null: all that are trained on."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learning one task."""
+
+    learning_rate: float = 1e-3
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    epochs: int = 1
+    batch_size: int = 8
+    """Examples per optimizer step."""
+    micro_batch_size: int | None = None
+    """Examples per forward pass (gradient accumulation); null: batch_size. Must divide batch_size."""
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient's norm; null: never."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward (non-reentrant): less memory, more time."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Generation on the seen tasks' test examples."""
+
+    batch_size: int = 25
+    num_beams: int = 1
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """A sequence of tasks."""
+
+    name: str
+    data: str
+    """Folder with one folder per task, each with train.json and test.json."""
+    template: Literal["superni", "long_sequence"]
+    """Prompt template."""
+    metric: Literal["rouge_l", "exact_match"]
+    """Score of a task, 0 to 100."""
+    tasks: tuple[str, ...]
+    """Task folders in the order they are learned."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: what is learned, by which method, how."""
+
+    order: OrderConfig
+    method: str = "gainlora-inflora"
+    """A branch rule, or `gainlora-` and a branch rule."""
+    seed: int = 42
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        rule = self.method.removeprefix("gainlora-")
+        if rule not in RULES:
+            known = [*RULES, *(f"gainlora-{r}" for r in RULES if r != "seqlora")]
+            raise GainLoRAError(f"method: {self.method!r} is unknown; choose from {', '.join(known)}.")
+        if self.gated and rule == "seqlora":
+            raise GainLoRAError(
+                f"method: {self.method!r}: rule 'seqlora' has one branch for all tasks, so there is nothing to "
+                "gate; choose 'seqlora', or 'gainlora-inclora' for one gated branch per task."
+            )
+        at_least = {
+            "seed": (self.seed, 0),
+            "data.max_prompt_tokens": (self.data.max_prompt_tokens, 8),
+            "data.max_target_tokens": (self.data.max_target_tokens, 1),
+            "data.train_limit": (self.data.train_limit, 1),
+            "data.test_limit": (self.data.test_limit, 1),
+            "lora.rank": (self.lora.rank, 1),
+            "gate.hidden": (self.gate.hidden, 1),
+            "gate.depth": (self.gate.depth, 1),
+            "subspace.horizon": (self.subspace.horizon, 1),
+            "subspace.covariance_blocks": (self.subspace.covariance_blocks, 1),
+            "subspace.max_examples": (self.subspace.max_examples, 1),
+            "train.epochs": (self.train.epochs, 1),
+            "train.batch_size": (self.train.batch_size, 1),
+            "train.micro_batch_size": (self.train.micro_batch_size, 1),
+            "train.weight_decay": (self.train.weight_decay, 0),
+            "evaluate.batch_size": (self.evaluate.batch_size, 1),
+            "evaluate.num_beams": (self.evaluate.num_beams, 1),
+        }
+        for option, (value, minimum) in at_least.items():
+            if value is not None and not value >= minimum:
+                raise GainLoRAError(f"{option}: {value} is too small; give at least {minimum}.")
+        above_zero = {
+            "lora.alpha": self.lora.alpha,
+            "gate.key_norm": self.gate.key_norm,
+            "train.learning_rate": self.train.learning_rate,
+            "train.max_grad_norm": self.train.max_grad_norm,
+        }
+        for option, number in above_zero.items():
+            if number is not None and not 0 < number < float("inf"):
+                raise GainLoRAError(f"{option}: {number} must be a finite number above 0.")
+        for option, share in (
+            ("subspace.threshold", self.subspace.threshold),
+            ("subspace.gate_threshold", self.subspace.gate_threshold),
+        ):
+            if not 0 < share <= 1:
+                raise GainLoRAError(f"{option}: {share} is no share of energy; give a number in (0, 1].")
+        micro = self.train.micro_batch_size
+        if micro is not None and self.train.batch_size % micro:
+            raise GainLoRAError(
+                f"train.micro_batch_size: {micro} does not divide train.batch_size ({self.train.batch_size})."
+            )
+        names = self.order.tasks
+        if not names:
+            raise GainLoRAError(f"orders.{self.order.name}.tasks: empty; name at least one task folder.")
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise GainLoRAError(
+                    f"orders.{self.order.name}.tasks: {name!r} is no task name; use letters, digits, '_', '-', '.'."
+                )
+            if names.count(name) > 1:
+                raise GainLoRAError(f"orders.{self.order.name}.tasks: {name!r} appears more than once.")
+
+    @property
+    def rule(self) -> str:
+        """The branch rule's name."""
+        return self.method.removeprefix("gainlora-")
+
+    @property
+    def gated(self) -> bool:
+        """Whether branches are weighed by gates (`gainlora-*`) or all by 1."""
+        return self.method.startswith("gainlora-")
+
+    @property
+    def horizon(self) -> int:
+        """H of the threshold schedule."""
+        return self.subspace.horizon or len(self.order.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; `from_dict` is the inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def digest(self) -> str:
+        """SHA-256 of all values."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The Config of `Config.to_dict()`'s output, as a run's config.json holds it."""
+    return typing.cast(Config, _build(Config, values, ""))
+
+
+def load_config(
+    order: str,
+    params: str | Path = "params.yaml",
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read one order's configuration.
+
+    Args:
+        order: a name under `orders` in the file.
+        params: the YAML file.
+        overrides: dotted option -> value, laid over the file's values, e.g. {"train.learning_rate": 5e-4}.
+
+    Raises:
+        GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
+    """
+    raw = read_params(params)
+    orders = raw.pop("orders", None)
+    for section in ("tracking", "report"):  # not part of what is learned
+        raw.pop(section, None)
+    if not isinstance(orders, dict) or not orders:
+        raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
+    if order not in orders:
+        raise GainLoRAError(f"{params}: no order {order!r}{_nearest(order, orders)}.")
+    spec = dict(orders[order])
+    settings = spec.pop("settings", None) or {}
+    values: dict[str, Any] = {**raw, "order": {"name": order, **spec}}
+    for source, layer in ((f"orders.{order}.settings", settings), ("override", overrides or {})):
+        for option, value in layer.items():
+            _set(values, option, value, source)
+    return typing.cast(Config, _build(Config, values, ""))
+
+
+def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
+    """The file's raw content.
+
+    Raises:
+        GainLoRAError: not there, not YAML, or not a mapping.
+    """
+    path = Path(params)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GainLoRAError(f"{path}: not found; run from the project's folder, or give --params FILE.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GainLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections.")
+    return raw
+
+
+def order_names(params: str | Path = "params.yaml") -> list[str]:
+    """Names of the orders that the file describes."""
+    return list(read_params(params).get("orders") or {})
+
+
+def _set(values: dict[str, Any], option: str, value: Any, source: str) -> None:
+    """values["a"]["b"] = value for option "a.b"."""
+    *sections, name = option.split(".")
+    here = values
+    for section in sections:
+        inner = here.get(section) or {}
+        if not isinstance(inner, dict):
+            raise GainLoRAError(f"{source}: {option!r} is no option; {section!r} holds a value, not a section.")
+        here[section] = here = dict(inner)
+    here[name] = value
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """Make the dataclass from plain values, checking names and types."""
+    if not isinstance(values, Mapping):
+        raise GainLoRAError(f"{path.rstrip('.')}: got {values!r}, expected a section with options.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise GainLoRAError(f"{path}{key}: unknown option{_nearest(str(key), fields)}.")
+    made = {}
+    for name, spec in fields.items():
+        if name in values:
+            made[name] = _value(hints[name], values[name], path + name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise GainLoRAError(f"{path}{name}: missing; it has no default.")
+    return cls(**made)
+
+
+def _value(hint: Any, value: Any, option: str) -> Any:
+    """`value` as the annotated type, or an error that names the option."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, option + ".")
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _value(next(a for a in args if a is not types.NoneType), value, option)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise GainLoRAError(f"{option}: {value!r} is not one of {', '.join(map(str, args))}.")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise GainLoRAError(f"{option}: got {value!r}, expected a list of names.")
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3 (no dot) as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+    raise GainLoRAError(f"{option}: got {value!r}, expected {expected}.")
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

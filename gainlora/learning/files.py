@@ -1,0 +1,97 @@
+"""Small files of a run folder: written whole, checked by SHA-256 before they are trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gainlora.errors import GainLoRAError
+
+LEARNING_CODE = ("config.py", "data", "model", "learning")
+"""What decides the result of a run, inside the package."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` in one step."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """One JSON object per line, in one step."""
+    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json(path: Path) -> Any:
+    """The file's content.
+
+    Raises:
+        GainLoRAError: not there, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GainLoRAError(f"{path}: not found; name a folder under runs/, or run the order again.") from None
+    except ValueError as error:
+        raise GainLoRAError(f"{path}: damaged: {error}; remove its folder and run the order again.") from None
+
+
+def append_checksums(folder: Path) -> None:
+    """Write checksums.json over every file in `folder`, all of it flushed to disk."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"):
+        with path.open("rb") as handle:
+            sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+            os.fsync(handle.fileno())
+    write_json(folder / "checksums.json", sums)
+
+
+def verify_checksums(folder: Path) -> None:
+    """Check every file against checksums.json.
+
+    Raises:
+        GainLoRAError: a file is missing or changed.
+    """
+    for name, expected in read_json(folder / "checksums.json").items():
+        path = folder / name
+        if not path.is_file():
+            raise GainLoRAError(f"{path}: missing; remove {folder.name} and later task folders, and run the order again.")
+        with path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != expected:
+            raise GainLoRAError(
+                f"{path}: changed since it was written (its SHA-256 is not the recorded one); remove {folder.name} and "
+                "later task folders, and run the order again."
+            )
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's source that decides what is learned."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for part in LEARNING_CODE:
+        path = package / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes the result."""
+    names = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
+    return {name: version(name) for name in names}
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)

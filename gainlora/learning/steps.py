@@ -1,0 +1,104 @@
+"""The two steps around a task's training: prepare its branch and gate, then update the memories.
+
+    prepare   covariance of the new task's inputs under branches 1..t-1 -> A_t (inflora), key of gate t
+    update    fold and freeze branch and gate t; covariances under 1..t -> expand U (inflora) and M (gated)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gainlora.config import Config
+from gainlora.data.batches import buckets, collate
+from gainlora.learning.trainer import derive_seed
+from gainlora.model.branch import RULES, random_A
+from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.model.gate import Gate, GateWeights, first_hidden, new_key, widths
+from gainlora.model.inputs import gate_covariances, layer_covariances
+from gainlora.model.subspace import design_A, expand_basis, expand_blocks, threshold_at
+from gainlora.progress import track
+
+
+class Examples:
+    """A task's training examples as batches for covariance passes: similar lengths together, in a fixed order.
+
+    Args:
+        rows: tokenized training examples.
+    """
+
+    def __init__(self, rows: Any, model: GainLoRAModel, config: Config, pad_id: int) -> None:
+        count = min(len(rows), config.subspace.max_examples or len(rows))
+        lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"][:count], rows["target_ids"][:count], strict=True)]
+        self.rows, self.model, self.pad_id = rows, model, pad_id
+        self.order = buckets(lengths, config.evaluate.batch_size)
+
+    def batches(self, description: str) -> Iterator[dict[str, Tensor]]:
+        """One pass."""
+        for indices in track(self.order, description):
+            batch = collate([self.rows[i] for i in indices], self.pad_id, self.model.encoder_decoder, targets=True)
+            yield {key: value.to(self.model.device) for key, value in batch.items()}
+
+
+def prepare_task(model: GainLoRAModel, examples: Examples, config: Config, task: int) -> None:
+    """Start branch `task` (1-based) and its gate on `model`, which holds tasks 1..task-1."""
+    rule = RULES[config.rule]
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, task, "prepare"))
+    if rule.shared and task > 1:
+        branch = model.pop_branch()
+    else:
+        covariances = layer_covariances(model, examples.batches("inputs")) if rule.input_memory else {}
+        branch = {}
+        for name, layer in model.layers.items():
+            group = model.inputs[name].group
+            if rule.input_memory:
+                A = design_A(model.layer_memory[group], covariances[group], config.lora.rank, group)
+            else:
+                A = random_A(config.lora.rank, layer.base.in_features, generator)
+            branch[name] = A, torch.zeros(layer.base.out_features, config.lora.rank)
+    gate = start_gate(model, examples, config, generator) if config.gated else None
+    model.start_branch(branch, rule.train_A, gate)
+
+
+def start_gate(model: GainLoRAModel, examples: Examples, config: Config, generator: torch.Generator) -> Gate:
+    """Gate t: the last gate's hidden layers, a key outside the memory, and the memory as its constraint."""
+    device = model.device
+    if model.gates is None:
+        shape = widths(model.width, config.gate.hidden, config.gate.depth)
+        hidden = [w.to(device) for w in first_hidden(shape, generator)]
+    else:
+        hidden = model.gates.last().hidden
+    nothing = [m[:, :0] for m in model.gate_memory]
+    start = GateWeights(hidden, torch.zeros(1, model.width, device=device))
+    # before training: the features that the copied hidden layers give the new task
+    features = gate_covariances(model, Gate(start, nothing, config.gate.score).to(device), examples.batches("features"))
+    key_memory = model.gate_memory[-1] if config.gate.constrain_init else nothing[-1]
+    start.key = new_key(
+        features[-1], key_memory, config.gate.key_norm, config.gate.initial_direction, generator
+    ).unsqueeze(0)
+    return Gate(start, model.gate_memory if config.gate.constrain_update else nothing, config.gate.score)
+
+
+def update_memory(
+    model: GainLoRAModel, examples: Examples, config: Config, task: int, name: str, horizon: int
+) -> None:
+    """End task `task` (1-based): freeze its branch and gate, and add what it used to the memories."""
+    rule, settings = RULES[config.rule], config.subspace
+    model.freeze_branch(name)
+    if rule.input_memory:
+        keep = threshold_at(settings.threshold, task, horizon)
+        covariances = layer_covariances(model, examples.batches("inputs"))
+        for group, basis in model.layer_memory.items():
+            model.layer_memory[group] = expand_blocks(basis, covariances[group], keep, settings.energy)
+    if config.gated:
+        assert model.gates is not None
+        keep = threshold_at(settings.gate_threshold, task, horizon)
+        gate = Gate(model.gates.last(), model.gate_memory, config.gate.score).to(model.device)
+        features = gate_covariances(model, gate, examples.batches("features"))
+        model.gate_memory = [
+            expand_basis(memory, covariance, keep, settings.energy)
+            for memory, covariance in zip(model.gate_memory, features, strict=True)
+        ]

@@ -1,0 +1,374 @@
+"""A run folder: everything a run has learned, and the steps that add a task to it.
+
+    runs/<order>-<method>-<model>-<seed>-<digest>/
+      config.json, data.json       what is learned, from which data (hashes), by which code and versions
+      task_01_<name>/              adapter, gate and bases after that task, predictions, scores, checksums
+      .task_02_<name>.partial/     the task being learned
+      result.json                  R, AP, FT, BWT when all tasks are learned
+
+A task folder appears by one atomic rename: it is there whole, or not at all. Every step is idempotent, so a
+stopped run continues by starting it again; finished tasks are never retrained. The digest covers the
+configuration, the data and the code that learns, so a folder never mixes two of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from gainlora.config import Config, from_dict
+from gainlora.data.batches import tokenize
+from gainlora.data.sources import dvc_hash, resolve_model
+from gainlora.data.tasks import Task, load_order
+from gainlora.errors import GainLoRAError
+from gainlora.learning.evaluate import Prediction, evaluate_task
+from gainlora.learning.files import (
+    append_checksums,
+    code_digest,
+    package_versions,
+    read_json,
+    verify_checksums,
+    write_json,
+    write_lines,
+)
+from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
+from gainlora.learning.steps import Examples, prepare_task, update_memory
+from gainlora.learning.trainer import train_task
+from gainlora.model.base import load_base, pick_dtype
+from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Stream:
+    """One run folder, opened for work by one process. Make it with `create` or `open`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder.parent.parent
+        described = read_json(folder / "config.json")
+        self.run_id: str = described["run_id"]
+        self.config: Config = from_dict(described["config"])
+        self.tasks: list[str] = described["tasks"]
+        self.skipped: list[str] = described["skipped"]
+        self.dtype: torch.dtype = getattr(torch, described["dtype"])
+        self.horizon = self.config.subspace.horizon or len(self.tasks)
+        self._lock = _lock(folder)
+        self._loaded: tuple[GainLoRAModel, Any] | None = None
+        self._holds = -1  # tasks that the model in memory has learned; -1: in the middle of one
+        self._seconds: dict[str, float] = {}
+
+    @staticmethod
+    def create(config: Config, root: Path = Path(".")) -> Stream:
+        """Check the configuration against data and model, then make the run folder or find it again.
+
+        Raises:
+            GainLoRAError: data or model are not there, or another process works in this folder.
+        """
+        tasks, skipped = load_order(config.order, config.data, root)
+        resolve_model(config.model.name, root)
+        dtype = str(pick_dtype(config.model.dtype, _device())).removeprefix("torch.")
+        data = {
+            task.name: {
+                "path": f"{config.order.data}/{task.name}",
+                "dvc": dvc_hash(Path(config.order.data) / task.name, root),
+                "sha256": task.sha256,
+                "train": len(task.train),
+                "test": len(task.test),
+            }
+            for task in tasks
+        }
+        code = code_digest()
+        parts = [config.to_dict(), dtype, code, {name: entry["sha256"] for name, entry in data.items()}]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+        model = Path(config.model.name).name
+        run_id = f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
+        folder = root.resolve() / "runs" / run_id
+        if not (folder / "config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "data.json", data)
+            described = {
+                "run_id": run_id,
+                "order": config.order.name,
+                "method": config.method,
+                "model": config.model.name,
+                "seed": config.seed,
+                "tasks": [task.name for task in tasks],
+                "skipped": skipped,
+                "config": config.to_dict(),
+                "dtype": dtype,
+                "device": _device().type,
+                "code": code,
+                "versions": package_versions(),
+            }
+            write_json(folder / "config.json", described)
+        return Stream.open(folder)
+
+    @staticmethod
+    def open(folder: Path | str) -> Stream:
+        """The run in `folder`; within one process always the same object, with the model in its memory.
+
+        Raises:
+            GainLoRAError: no run folder, or another process works in it.
+        """
+        return _opened(Path(folder).resolve())
+
+    @property
+    def finished(self) -> int:
+        """Number of finished tasks."""
+        return next((t for t in range(len(self.tasks)) if not self.task_folder(t + 1).is_dir()), len(self.tasks))
+
+    def task_folder(self, t: int) -> Path:
+        """Folder of finished task t (1-based)."""
+        return self.folder / f"task_{t:02d}_{self.tasks[t - 1]}"
+
+    # -- the steps of task t (1-based), in this order; each returns at once where its work is done -------------
+
+    def prepare(self, t: int) -> None:
+        """Start branch and gate t from the new task's inputs."""
+        if self._learned(t):
+            return
+        started = time.perf_counter()
+        model, tokenizer = self._model_after(t - 1)
+        self._holds = -1
+        prepare_task(model, self._examples(t), self.config, t)
+        self._seconds = {"prepare": time.perf_counter() - started}
+
+    def train(self, t: int) -> None:
+        """Train branch and gate t."""
+        if self._learned(t):
+            return
+        if "prepare" not in self._seconds:
+            self.prepare(t)
+        started = time.perf_counter()
+        model, tokenizer = self._model()
+        self._trainable = model.trainable_parameters()
+        records = train_task(model, self._rows(t, "train"), self.config, t, self.tasks[t - 1], tokenizer.pad_token_id)
+        partial = self._partial(t)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write_lines(partial / "train.jsonl", records)
+        self._seconds["train"] = time.perf_counter() - started
+
+    def update(self, t: int) -> None:
+        """Freeze branch and gate t, expand the memories, and write the learned state."""
+        if self._learned(t):
+            return
+        if "train" not in self._seconds:
+            self.train(t)
+        started = time.perf_counter()
+        model, _ = self._model()
+        update_memory(model, self._examples(t), self.config, t, self.tasks[t - 1], self.horizon)
+        self._holds = t
+        partial = self._partial(t)
+        model.save_pretrained(partial)
+        write_json(partial / "subspace.json", _basis_sizes(model))
+        self._seconds["update"] = time.perf_counter() - started
+        learned = {
+            "seconds": self._seconds,
+            "truncated": sum(self._rows(t, "train")["truncated"]),
+            "trainable_parameters": self._trainable,
+        }
+        write_json(partial / "learned.json", learned)  # last: it says that the state above is whole
+        self._seconds = {}
+
+    def evaluate(self, t: int) -> dict[str, Any]:
+        """Answer the test examples of tasks 1..t; row t of R. Returns the content of scores.json."""
+        if t <= self.finished:
+            return read_json(self.task_folder(t) / "scores.json")
+        self.update(t)
+        started = time.perf_counter()
+        partial = self._partial(t)
+        scores, coefficients = {}, {}
+        for i, name in enumerate(self.tasks[:t], start=1):
+            predictions = self._predict(i, t)
+            scores[name] = sum(p.score for p in predictions) / len(predictions)
+            if self.config.gated:
+                a = torch.tensor([p.coefficients for p in predictions])  # (examples, t)
+                coefficients[name] = {"mean": _rounded(a.mean(0)), "std": _rounded(a.std(0, correction=0))}
+            write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in predictions])
+        R = [*self.accuracy_matrix(t - 1), list(scores.values())]
+        learned = read_json(partial / "learned.json")
+        learned["seconds"]["evaluate"] = time.perf_counter() - started
+        row = {
+            "task": self.tasks[t - 1],
+            "index": t,
+            "scores": scores,
+            **_summary(R),
+            **learned,
+            "seconds": {phase: round(s, 2) for phase, s in learned["seconds"].items()},
+        }
+        if self.config.gated:
+            write_json(partial / "coefficients.json", coefficients)
+        write_json(partial / "scores.json", row)
+        return row
+
+    def finish(self, t: int) -> Path:
+        """Seal task t's folder: checksums, then one rename. Returns the folder."""
+        if t > self.finished:
+            if not (self._partial(t) / "scores.json").exists():
+                self.evaluate(t)
+            (self._partial(t) / "learned.json").unlink(missing_ok=True)
+            append_checksums(self._partial(t))
+            self._partial(t).rename(self.task_folder(t))
+        return self.task_folder(t)
+
+    def result(self) -> dict[str, Any]:
+        """Write and return result.json: order, method, model, seed, tasks, R, AP, FT, BWT.
+
+        Raises:
+            GainLoRAError: tasks are still to be learned.
+        """
+        T = len(self.tasks)
+        if self.finished < T:
+            raise GainLoRAError(f"{self.folder}: {self.finished} of {T} tasks are learned; run the order again.")
+        R = self.accuracy_matrix(T)
+        config = self.config
+        result = {
+            "order": config.order.name,
+            "method": config.method,
+            "model": config.model.name,
+            "seed": config.seed,
+            "tasks": self.tasks,
+            "R": [[round(v, 4) for v in row] + [None] * (T - len(row)) for row in R],
+            **{key: None if v is None else round(v, 4) for key, v in _summary(R).items()},
+        }
+        write_json(self.folder / "result.json", result)
+        return result
+
+    def accuracy_matrix(self, t: int) -> list[list[float]]:
+        """Rows 1..t of R, row k with k entries."""
+        rows = []
+        for k in range(1, t + 1):
+            scores = read_json(self.task_folder(k) / "scores.json")["scores"]
+            rows.append([scores[name] for name in self.tasks[:k]])
+        return rows
+
+    # -- what the steps work with ------------------------------------------------------------------------------
+
+    def _partial(self, t: int) -> Path:
+        return self.folder / f".task_{t:02d}_{self.tasks[t - 1]}.partial"
+
+    def _learned(self, t: int) -> bool:
+        """Whether the state after task t is on disk, evaluated or not."""
+        return t <= self.finished or (self._partial(t) / "learned.json").exists()
+
+    def _model(self) -> tuple[GainLoRAModel, Any]:
+        assert self._loaded is not None
+        return self._loaded
+
+    def _model_after(self, k: int) -> tuple[GainLoRAModel, Any]:
+        """The model with tasks 1..k learned, from memory or disk, and its tokenizer."""
+        if self._loaded is not None and self._holds == k:
+            return self._loaded
+        config = self.config
+        base, tokenizer = load_base(resolve_model(config.model.name, self.root), self.dtype)
+        base.to(_device())
+        if k == 0:
+            adapter = GainLoRAConfig(
+                base_model=config.model.name,
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                targets=config.lora.targets,
+                gated=config.gated,
+                gate_hidden=config.gate.hidden,
+                gate_depth=config.gate.depth,
+                gate_score=config.gate.score,
+                covariance_blocks=config.subspace.covariance_blocks,
+                horizon=self.horizon,
+            )
+            model = GainLoRAModel(base, adapter)
+        else:
+            folder = self.task_folder(k)
+            if folder.is_dir():
+                verify_checksums(folder)
+            else:
+                folder = self._partial(k)
+            model = GainLoRAModel.from_pretrained(folder, base)
+        model.eval()
+        self._loaded, self._holds = (model, tokenizer), k
+        return self._loaded
+
+    @property
+    def _data(self) -> dict[str, Task]:
+        return {task.name: task for task in _tasks(self.config, self.root)}
+
+    def _rows(self, t: int, split: str) -> Any:
+        model, tokenizer = self._model()
+        task = self._data[self.tasks[t - 1]]
+        cache_folder = self.root / ".cache" / "tokenized"
+        return tokenize(task, cast(Any, split), tokenizer, self.config.data, model.encoder_decoder, cache_folder)
+
+    def _examples(self, t: int) -> Examples:
+        model, tokenizer = self._model()
+        return Examples(self._rows(t, "train"), model, self.config, tokenizer.pad_token_id)
+
+    def _predict(self, i: int, t: int) -> list[Prediction]:
+        """Answers on task i's test examples after task t."""
+        model, tokenizer = self._model_after(t)
+        name = self.tasks[i - 1]
+        longest = self.config.data.max_target_tokens
+        if self.config.order.metric == "exact_match":  # answers are labels: none is longer than in training
+            longest = max(len(ids) for ids in self._rows(i, "train")["target_ids"])
+        return evaluate_task(
+            model, tokenizer, self._rows(i, "test"), self.config.order.metric, longest, self.config, name
+        )
+
+
+@cache
+def _opened(folder: Path) -> Stream:
+    return Stream(folder)
+
+
+@cache
+def _tasks(config: Config, root: Path) -> list[Task]:
+    return load_order(config.order, config.data, root)[0]
+
+
+def _lock(folder: Path) -> Any:
+    """Hold the folder for this process; the lock ends with it, however it ends."""
+    handle = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise GainLoRAError(
+            f"{folder.name}: this run is in progress already (process {handle.read().strip() or 'unknown'}); wait for "
+            "it, or stop it and run again: it continues where it stopped."
+        ) from None
+    import os
+
+    handle.seek(0)
+    handle.truncate()
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def _summary(R: list[list[float]]) -> dict[str, float | None]:
+    return {"AP": average_performance(R), "FT": forgetting(R), "BWT": backward_transfer(R)}
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(v, 5) for v in values.tolist()]
+
+
+def _basis_sizes(model: GainLoRAModel) -> dict[str, dict[str, int]]:
+    """How full the memories are: directions kept, and of how many."""
+    gate = {str(i): m for i, m in enumerate(model.gate_memory, start=1)} if model.config.gated else {}
+    layers = {group: basis for group, basis in model.layer_memory.items() if sum(u.shape[1] for u in basis)}
+    return {
+        "gate": {i: m.shape[1] for i, m in gate.items()},
+        "gate_width": {i: m.shape[0] for i, m in gate.items()},
+        "layers": {group: sum(u.shape[1] for u in basis) for group, basis in layers.items()},
+        "layers_width": {group: sum(u.shape[0] for u in basis) for group, basis in layers.items()},
+    }

@@ -1,0 +1,116 @@
+"""Learning one task: the loop over its examples."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gainlora.config import Config
+from gainlora.data.batches import collate, epoch_batches
+from gainlora.errors import GainLoRAError
+from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.progress import track
+
+
+def derive_seed(seed: int, task: int, purpose: str) -> int:
+    """A seed from (run seed, 1-based task index, purpose) alone, so that a resumed task repeats exactly."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}/{purpose}".encode()).digest()[:7], "big")
+
+
+def target_loss(model: Any, batch: dict[str, Tensor], encoder_decoder: bool) -> Tensor:
+    """Sum of the cross-entropy over target tokens, EOS included (float32 scalar).
+
+    Decoder-only batches are padded on the left, so targets end each row: only the logits that predict
+    them are computed.
+    """
+    labels = batch["labels"]  # (B, S) or (B, S_target)
+    extra = {}
+    if not encoder_decoder:
+        first = int((labels != -100).int().argmax(dim=1).min())  # leftmost target position of the batch
+        extra["logits_to_keep"] = labels.shape[1] - first + 1
+        labels = labels[:, first:]
+    logits = model(**batch, use_cache=False, **extra).logits  # (B, S - first + 1, V) or (B, S_target, V)
+    if not encoder_decoder:
+        logits = logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def train_task(
+    model: GainLoRAModel, rows: Any, config: Config, task: int, name: str, pad_id: int
+) -> list[dict[str, float]]:
+    """Train the started branch (and gate) on one task.
+
+    The loss is the mean over all target tokens of a batch, however it is split into micro-batches.
+
+    Args:
+        rows: tokenized training examples (`gainlora.data.batches.tokenize`).
+        task: 1-based index.
+    Returns:
+        One record per optimizer step: step, loss, learning_rate, examples, seconds.
+
+    Raises:
+        GainLoRAError: the loss is not finite.
+    """
+    from accelerate import Accelerator
+    from transformers import get_scheduler
+
+    settings = config.train
+    accelerator = Accelerator()
+    batches = [
+        batch
+        for epoch in range(settings.epochs)
+        for batch in epoch_batches(len(rows), settings.batch_size, config.seed, task, epoch)
+    ]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    scheduler = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=len(batches))
+    if settings.gradient_checkpointing:
+        # the reentrant kind loses the coefficients' gradient
+        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    torch.manual_seed(derive_seed(config.seed, task, "train"))  # the base's own dropout, where it has any
+    wrapped.train()
+    records = []
+    for step, batch in enumerate(track(batches, f"train {name}"), start=1):
+        started = time.perf_counter()
+        examples = [rows[i] for i in batch]
+        loss = 0.0
+        tokens = sum(len(e["target_ids"]) for e in examples)
+        for micro in _split(examples, settings.micro_batch_size or settings.batch_size):
+            tensors = {
+                key: value.to(accelerator.device)
+                for key, value in collate(micro, pad_id, model.encoder_decoder, targets=True).items()
+            }
+            part = target_loss(wrapped, tensors, model.encoder_decoder) / tokens
+            accelerator.backward(part)
+            loss += part.item()
+        if not math.isfinite(loss):
+            raise GainLoRAError(
+                f"task {name}, step {step}: the loss is {loss}; lower train.learning_rate, or set model.dtype to float32."
+            )
+        if settings.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        records.append(
+            {"step": step, "loss": loss, "learning_rate": rate, "examples": len(batch), "seconds": round(seconds, 4)}
+        )
+    wrapped.eval()
+    if settings.gradient_checkpointing:
+        model.base.gradient_checkpointing_disable()
+    return records
+
+
+def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+

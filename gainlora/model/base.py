@@ -1,0 +1,128 @@
+"""The frozen base model: loading it, finding the layers to adapt and which of them share an input.
+
+T5-like (encoder-decoder) and Llama-like (decoder-only) models both work; the model's config decides, never
+its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gainlora.errors import GainLoRAError
+
+ATTENTION_PROJECTIONS = (("q_proj", "v_proj"), ("q", "v"))
+"""Query and value projections by the names that Llama-like and T5-like models give them."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an adapted layer sees."""
+
+    group: str
+    """The first layer that sees the same tensor: q and v of a self-attention share one, hence one basis."""
+    side: Literal["source", "target"]
+    """Whether its rows are tokens of the prompt side (input_ids) or of the decoder (labels)."""
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The base's dtype for `model.dtype`; `auto` is bfloat16 where the device computes in it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # private, but the only way to ask; emulated bfloat16 is slower than float32
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float32
+
+
+def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The base model (eval mode, frozen) and its tokenizer.
+
+    Args:
+        source: local folder or hub id.
+
+    Raises:
+        GainLoRAError: it cannot be loaded, or is neither encoder-decoder nor a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a run has bars of its own
+    try:
+        config = AutoConfig.from_pretrained(source)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = kind.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise GainLoRAError(
+            f"model.name: {source!r} cannot be loaded as a T5- or Llama-like model: {error}; give a hub id that you "
+            "have access to, or a folder with config.json, safetensors weights and a tokenizer."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise GainLoRAError(f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def find_targets(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+    """Full names of the linear layers to adapt.
+
+    Args:
+        names: last parts of their names (`lora.targets`); None: query and value projections.
+
+    Raises:
+        GainLoRAError: a name matches nothing.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ends = [name.rsplit(".", 1)[-1] for name in linear]
+    if names is None:
+        names = next((pair for pair in ATTENTION_PROJECTIONS if set(pair) <= set(ends)), ())
+    missing = [name for name in names if name not in ends]
+    if missing or not names:
+        raise GainLoRAError(
+            f"lora.targets: {', '.join(missing) or 'null'} matches no linear layer of this "
+            f"{type(model).__name__}; it has {', '.join(sorted(set(ends)))}."
+        )
+    return [name for name, end in zip(linear, ends, strict=True) if end in names]
+
+
+@torch.no_grad()
+def trace_inputs(model: Any, targets: Sequence[str]) -> dict[str, Inputs]:
+    """Which input each target sees, found by one forward pass over a few tokens.
+
+    Prompt and decoder get different lengths, so the length of a layer's input tells its side; layers
+    that receive the same tensor object share a group.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in targets]
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.zeros(1, 3, dtype=torch.long, device=device)
+    try:
+        extra = {"decoder_input_ids": tokens[:, :2]} if model.config.is_encoder_decoder else {}
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, Inputs] = {}
+    for name, x in seen.items():
+        group = next(other for other, y in seen.items() if y is x)
+        found[name] = Inputs(group, "source" if x.shape[1] == 3 else "target")
+    unused = [name for name in targets if name not in seen]
+    if unused:
+        raise GainLoRAError(f"lora.targets: {unused[0]} takes no part in a forward pass; leave it out.")
+    return found

@@ -1,0 +1,117 @@
+"""Adapter files: safetensors and JSON, nothing else.
+
+    adapter_config.json         GainLoRAConfig
+    adapter_model.safetensors   <layer>.lora_A (T, r, d_in), <layer>.lora_B (T, d_out, r)
+    gate.safetensors            hidden.<l> (T, d_l, d_{l-1}), key (T, d); gated integration only
+    subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b, k)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gainlora.errors import GainLoRAError
+from gainlora.model.base import load_base, pick_dtype
+from gainlora.model.gate import GateWeights
+
+if TYPE_CHECKING:
+    from gainlora.model.gainlora_model import GainLoRAModel
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors")
+
+
+def save_adapter(model: GainLoRAModel, folder: Path) -> None:
+    """Write the frozen branches, gates and bases of `model` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format": "gainlora-1", **dataclasses.asdict(model.config)}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    r = model.config.rank
+    branches = {}
+    for name, layer in model.layers.items():
+        branches[f"{name}.lora_A"] = layer.A.unflatten(0, (-1, r))  # (T, r, d_in)
+        branches[f"{name}.lora_B"] = layer.B.unflatten(1, (-1, r)).transpose(0, 1)  # (T, d_out, r)
+    _save(branches, folder / "adapter_model.safetensors")
+    if model.gates is not None:
+        gates = {f"hidden.{index}": w for index, w in enumerate(model.gates.hidden, start=1)}
+        _save({**gates, "key": model.gates.key}, folder / "gate.safetensors")
+    bases = {f"gate.{index}": m for index, m in enumerate(model.gate_memory, start=1)}
+    for group, basis in model.layer_memory.items():
+        bases.update({f"layer.{group}.{block}": u for block, u in enumerate(basis)})
+    _save(bases, folder / "subspace.safetensors")
+
+
+def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) -> GainLoRAModel:
+    """The inverse of `save_adapter`; see `GainLoRAModel.from_pretrained`."""
+    from gainlora.data.sources import resolve_model
+    from gainlora.model.gainlora_model import GainLoRAConfig
+
+    values = _read_config(folder)
+    config = GainLoRAConfig(**{**values, "targets": values["targets"] and tuple(values["targets"]),
+                               "tasks": tuple(values["tasks"])})  # fmt: skip
+    if base is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, device))
+        base.to(device)
+    model = cls(base, config)
+    branches = _load(folder / "adapter_model.safetensors")
+    for name, layer in model.layers.items():
+        A, B = branches.pop(f"{name}.lora_A", None), branches.pop(f"{name}.lora_B", None)
+        expected = (config.rank, layer.base.in_features), (layer.base.out_features, config.rank)
+        if A is None or B is None or (A.shape[1:], B.shape[1:]) != expected:
+            raise GainLoRAError(
+                f"{folder / 'adapter_model.safetensors'}: {name} is missing or of another shape; these branches belong "
+                f"to another base model than {config.base_model!r}, or to another rank than {config.rank}."
+            )
+        layer.A = A.flatten(0, 1).to(model.device)  # (T*r, d_in)
+        layer.B = B.transpose(0, 1).flatten(1).to(model.device)  # (d_out, T*r)
+    if branches:
+        raise GainLoRAError(
+            f"{folder / 'adapter_model.safetensors'}: {next(iter(branches))} is no layer of base model "
+            f"{config.base_model!r}."
+        )
+    if config.gated and config.tasks:
+        gates = {name: w.to(model.device) for name, w in _load(folder / "gate.safetensors").items()}
+        model.gates = GateWeights([gates[f"hidden.{i + 1}"] for i in range(config.gate_depth)], gates["key"])
+    bases = _load(folder / "subspace.safetensors")
+    model.gate_memory = [bases[f"gate.{i + 1}"].to(model.device) for i in range(len(model.gate_memory))]
+    model.layer_memory = {
+        group: tuple(bases[f"layer.{group}.{block}"].to(model.device) for block in range(len(basis)))
+        for group, basis in model.layer_memory.items()
+    }
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GainLoRAError(
+            f"{path}: not found; give a task folder of a run (runs/<run>/task_<k>_<name>) or adapters/<order>."
+        ) from None
+    except ValueError as error:
+        raise GainLoRAError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.pop("format", None) != "gainlora-1":
+        raise GainLoRAError(f"{path}: not a GainLoRA adapter (format 'gainlora-1').")
+    return values
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise GainLoRAError(f"{path}: not found; the adapter's folder is incomplete.") from None
+    except SafetensorError as error:
+        raise GainLoRAError(f"{path}: damaged: {error}; restore the folder from a copy.") from None

@@ -1,0 +1,212 @@
+"""GainLoRAModel: a frozen transformers model, one LoRA branch and one gate per task.
+
+    prompt --frozen embeddings, mean over its tokens--> p_0 --gates--> a (B, T)
+    prompt --base model, every adapted layer adds s * sum_i a_i B_i A_i h--> logits
+
+Coefficients are computed once per sample, from the prompt alone, and shared by all layers. In generation
+they are computed at the start and kept for every new token, so no task id is ever needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gainlora.model.base import Inputs, find_targets, trace_inputs
+from gainlora.model.gate import Gate, GateWeights, Score, widths
+from gainlora.model.layers import GatedLoRALinear, Integration
+from gainlora.model.subspace import Basis, empty_basis
+
+
+@dataclass(frozen=True)
+class GainLoRAConfig:
+    """What defines the adapter; saved as adapter_config.json."""
+
+    base_model: str
+    """Folder or hub id of the base model."""
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | None = None
+    """Last parts of the adapted layers' names; None: query and value projections."""
+    gated: bool = True
+    """Gated integration, or equal (all coefficients 1)."""
+    gate_hidden: int = 50
+    gate_depth: int = 2
+    gate_score: Score = "cosine"
+    covariance_blocks: int = 1
+    tasks: tuple[str, ...] = ()
+    """Tasks learned so far, in order."""
+    horizon: int = 1
+    """H of the threshold schedule that the bases were built with."""
+
+
+class GainLoRAModel(nn.Module):
+    """Wraps `base`, whose target layers it replaces in place.
+
+    Args:
+        base: a transformers encoder-decoder or causal language model.
+        config: the adapter's shape.
+    """
+
+    def __init__(self, base: Any, config: GainLoRAConfig) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        self.config = config
+        self.integration = Integration()
+        targets = find_targets(base, config.targets)
+        self.inputs: dict[str, Inputs] = trace_inputs(base, targets)
+        self.layers: dict[str, GatedLoRALinear] = {}  # name in the base -> the layer that took its place
+        for name in targets:
+            parent, _, child = name.rpartition(".")
+            layer = GatedLoRALinear(base.get_submodule(name), config.rank, config.alpha / config.rank, self.integration)
+            setattr(base.get_submodule(parent), child, layer)
+            self.layers[name] = layer
+        self.base = base
+        self.encoder_decoder: bool = base.config.is_encoder_decoder
+        self.gate: Gate | None = None  # the gate being learned
+        self.gates: GateWeights | None = None  # frozen gates of learned tasks
+        shape = widths(self.width, config.gate_hidden, config.gate_depth)
+        # M_1..M_{L+1}: what each gate layer saw on learned tasks; M_{L+1} is the key's
+        self.gate_memory: list[Tensor] = [torch.zeros(d, 0, device=self.device) for d in shape]
+        self.layer_memory: dict[str, Basis] = {
+            group: empty_basis(self.layers[group].base.in_features, config.covariance_blocks, self.device)
+            for group in self.groups
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return cast(Tensor, self.base.get_input_embeddings().weight).device
+
+    @property
+    def width(self) -> int:
+        """d, the width of the token embeddings."""
+        return int(self.base.get_input_embeddings().weight.shape[1])
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the inputs that adapted layers see, each once."""
+        return list(dict.fromkeys(inputs.group for inputs in self.inputs.values()))
+
+    @property
+    def branches(self) -> int:
+        """T, the number of branches, the one being learned included."""
+        return next(iter(self.layers.values())).branches
+
+    def get_base_model(self) -> Any:
+        """The transformers model, its adapted layers in place."""
+        return self.base
+
+    def trainable_parameters(self) -> int:
+        """Number of parameters that train now."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """As peft prints it."""
+        trainable, total = self.trainable_parameters(), sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # -- coefficients ---------------------------------------------------------------------------------------
+
+    def pool(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """p_0 (B, d), float32: mean of the frozen embeddings over the prompt's real tokens.
+
+        Args:
+            input_ids: (B, S).
+            prompt_mask: (B, S), 1 on the prompt's tokens, 0 on padding and label tokens.
+        """
+        embedded = self.base.get_input_embeddings()(input_ids).detach()  # (B, S, d)
+        dtype = torch.promote_types(embedded.dtype, torch.float32)
+        mask = prompt_mask.to(dtype).unsqueeze(-1)  # (B, S, 1)
+        return (embedded.to(dtype) * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+    def coefficients(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor | None:
+        """a (B, T) of every branch for each prompt, or None with equal integration."""
+        if not self.config.gated or not self.branches:
+            return None
+        pooled = self.pool(input_ids, prompt_mask)
+        parts = []
+        if self.gates is not None:
+            parts.append(self.gates.coefficients(pooled, self.config.gate_score))
+        if self.gate is not None:
+            parts.append(self.gate(pooled).unsqueeze(1))
+        return torch.cat(parts, dim=1)
+
+    def prompt_mask(self, attention_mask: Tensor, labels: Tensor | None) -> Tensor:
+        """1 on the prompt's real tokens (B, S). A decoder-only model's label tokens are not prompt."""
+        if self.encoder_decoder or labels is None:
+            return attention_mask
+        return attention_mask * (labels == -100)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's output under all branches.
+
+        Args:
+            input_ids: (B, S). attention_mask: (B, S), 0 on padding.
+            labels: encoder-decoder: (B, S_target). Decoder-only: (B, S), -100 on prompt and padding; they tell the
+                prompt from the answer and are not given to the base model.
+        """
+        self.integration.coefficients = self.coefficients(input_ids, self.prompt_mask(attention_mask, labels))
+        if self.encoder_decoder:
+            kwargs["labels"] = labels
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """transformers' `generate` under all branches. Decoder-only prompts are padded on the left."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self.integration.coefficients = self.coefficients(input_ids, attention_mask)
+        return cast(Tensor, self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+
+    # -- the life of a branch -------------------------------------------------------------------------------
+
+    def start_branch(self, branch: Mapping[str, tuple[Tensor, Tensor]], train_A: bool, gate: Gate | None) -> None:
+        """Begin a task: (A (r, d_in), B (d_out, r)) per layer, and its gate if integration is gated."""
+        assert self.gate is None and (gate is not None) == self.config.gated
+        for name, layer in self.layers.items():
+            layer.start_branch(*branch[name], train_A)
+        self.gate = gate.to(self.device) if gate else None
+
+    def freeze_branch(self, task: str) -> None:
+        """End a task: fold its gate and stack its branch with the frozen ones."""
+        for layer in self.layers.values():
+            layer.freeze_branch()
+        if self.gate is not None:
+            folded = self.gate.fold()
+            self.gates = folded if self.gates is None else self.gates.append(folded)
+            self.gate = None
+        self.config = replace(self.config, tasks=(*self.config.tasks, task))
+
+    def pop_branch(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Take the newest frozen branch out, to train it on (rules with one shared branch)."""
+        return {name: layer.pop_branch() for name, layer in self.layers.items()}
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter_config.json, adapter_model.safetensors, gate.safetensors and subspace.safetensors."""
+        from gainlora.model.files import save_adapter
+
+        save_adapter(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: Any = None, dtype: str = "auto") -> GainLoRAModel:
+        """Load a learned adapter and its base model.
+
+        Args:
+            folder: what `save_pretrained` wrote: a task folder of a run, or adapters/<order>.
+            base: an already loaded base model; None loads the one that the adapter names.
+            dtype: of the base, when it is loaded here: auto, float32 or bfloat16.
+
+        Raises:
+            GainLoRAError: a file is missing, or does not belong to this base model.
+        """
+        from gainlora.model.files import load_adapter
+
+        return load_adapter(cls, Path(folder), base, dtype)
+

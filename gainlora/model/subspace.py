@@ -1,0 +1,165 @@
+"""Gradient projection memory: which input directions old tasks used, as orthonormal bases.
+
+A layer that saw inputs x on old tasks keeps a basis U (d, k) of most of their energy. A change of its
+weight that is orthogonal to U leaves its outputs on those inputs as they were.
+
+    C = (1/n) sum_x x x^T                      covariance of the inputs, streamed        (d, d)
+    R = C - U U^T C                            what the basis does not hold yet          (d, d)
+    U <- [U, top left singular vectors of R]   until the kept energy reaches a threshold
+
+Source: Saha et al., Gradient Projection Memory (ICLR 2021); Liang and Li, InfLoRA (CVPR 2024).
+Pure tensors: nothing here knows of models. Everything is two thin products; no (d, d) projector is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gainlora.errors import GainLoRAError
+
+Basis = tuple[Tensor, ...]
+"""Orthonormal columns per block of inputs: block j is (d / b, k_j). One block unless d is split."""
+
+
+class Covariance:
+    """C = (1/n) sum x x^T, streamed over batches, block-diagonal with `blocks` blocks.
+
+    Args:
+        width: d, the number of inputs.
+        blocks: b; must divide d.
+    """
+
+    def __init__(self, width: int, blocks: int = 1, device: torch.device | None = None) -> None:
+        if width % blocks:
+            raise GainLoRAError(
+                f"subspace.covariance_blocks: {blocks} does not divide a layer's {width} inputs; choose a divisor."
+            )
+        self.total = torch.zeros(blocks, width // blocks, width // blocks, device=device)  # (b, d/b, d/b)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x (n, d)."""
+        blocks, width, _ = self.total.shape
+        x = x.to(torch.float32).reshape(-1, blocks, width).transpose(0, 1)  # (b, n, d/b)
+        self.total.baddbmm_(x.transpose(1, 2), x)
+        self.count += x.shape[1]
+
+    def matrices(self, name: str) -> Tensor:
+        """The blocks of C, (b, d/b, d/b).
+
+        Raises:
+            GainLoRAError: no row was seen, or a value is not finite; `name` says whose inputs these are.
+        """
+        if not self.count:
+            raise GainLoRAError(f"{name}: no inputs were seen; the task has no training examples.")
+        if not torch.isfinite(self.total).all():
+            raise GainLoRAError(
+                f"{name}: the covariance of its inputs is not finite; lower train.learning_rate, "
+                "or set model.dtype to float32."
+            )
+        return self.total / self.count
+
+
+def threshold_at(threshold: float, task: int, horizon: int) -> float:
+    """Share of energy to keep after task `task` (from 1): e + (1 - e) (t - 1) / H, t at most H."""
+    return threshold + (1 - threshold) * (min(task, horizon) - 1) / horizon
+
+
+def project_out(x: Tensor, basis: Tensor) -> Tensor:
+    """x (..., d) without its part in the span of `basis` (d, k)."""
+    return x - (x @ basis) @ basis.T
+
+
+def principal_directions(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of R = (I - U U^T) C, largest first, without numerical zeros.
+
+    They are the eigenvectors of the symmetric R R^T: several times faster than a full SVD of R. The
+    square is taken in float64, so that values down to 1e-7 of the largest survive it.
+
+    Args:
+        covariance: C (d, d), symmetric.
+        basis: U (d, k), orthonormal columns.
+    Returns:
+        Directions (d, n), orthonormal and orthogonal to U; singular values (n,). float64.
+    """
+    c, u = covariance.double(), basis.double()
+    residual = c - u @ (u.T @ c)
+    squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
+    sigma = squares.clamp_min(0).sqrt().flip(0)
+    vectors = vectors.flip(1)
+    precision = max(len(c) * torch.finfo(covariance.dtype).eps, 1e-7)
+    # c.norm(): the scale of C, not of R: what rounding leaves of an exhausted R is no direction
+    rank = min(int((sigma > precision * c.norm()).sum()), len(c) - u.shape[1])
+    vectors = vectors[:, :rank]
+    vectors = vectors - u @ (u.T @ vectors)  # rounding of the products above
+    return torch.linalg.qr(vectors).Q if rank else vectors, sigma[:rank]
+
+
+def expand_basis(
+    basis: Tensor, covariance: Tensor, threshold: float, energy: Literal["covariance", "representation"]
+) -> Tensor:
+    """U with the fewest further directions that hold `threshold` of C's energy; old columns stay as they are.
+
+    Energy of a direction is sigma^2 (`covariance`) or sigma (`representation`), sigma the singular value of
+    R. A first basis gets at least one direction; none holds more than the numerical rank.
+
+    Args:
+        basis: U (d, k). covariance: C (d, d). threshold: in (0, 1].
+    Returns:
+        (d, k') with k' >= k, orthonormal.
+    """
+    power = 2 if energy == "covariance" else 1
+    directions, sigma = principal_directions(covariance, basis)
+    total = torch.linalg.eigvalsh(covariance.double()).abs().pow(power).sum()
+    added = sigma.pow(power)  # (n,)
+    # kept[j]: share held with j further directions, summed from the small end for exactness
+    missing = torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1)))  # (n + 1,)
+    kept = 1 - missing / total
+    enough = torch.nonzero(kept >= threshold)
+    count = int(enough[0]) if len(enough) else len(sigma)
+    if basis.shape[1] == 0:
+        count = max(count, 1)
+    return torch.cat((basis, directions[:, :count].to(basis.dtype)), dim=1)
+
+
+def top_directions(basis: Tensor, covariance: Tensor, count: int, name: str) -> Tensor:
+    """The `count` strongest input directions that the basis leaves free: rows (count, d), orthonormal.
+
+    Raises:
+        GainLoRAError: fewer directions are left; `name` says in which layer.
+    """
+    directions, _ = principal_directions(covariance, basis)
+    if directions.shape[1] < count:
+        raise GainLoRAError(
+            f"lora.rank: {count} is more than the {directions.shape[1]} input directions that old tasks leave free "
+            f"in {name} ({basis.shape[1]} of {len(basis)} are in its memory); lower lora.rank or subspace.threshold."
+        )
+    return directions[:, :count].T.to(basis.dtype)
+
+
+def empty_basis(width: int, blocks: int = 1, device: torch.device | None = None) -> Basis:
+    """No directions yet."""
+    return tuple(torch.zeros(width // blocks, 0, device=device) for _ in range(blocks))
+
+
+def expand_blocks(
+    basis: Basis, covariances: Tensor, threshold: float, energy: Literal["covariance", "representation"]
+) -> Basis:
+    """`expand_basis` in every block."""
+    return tuple(expand_basis(u, c, threshold, energy) for u, c in zip(basis, covariances, strict=True))
+
+
+def design_A(basis: Basis, covariances: Tensor, rank: int, name: str) -> Tensor:
+    """InfLoRA's fixed A_t (rank, d): the blocks' top directions side by side, divided by sqrt(3).
+
+    With one block its rows are orthogonal and of norm 1/sqrt(3). With several, the rows are divided by
+    sqrt(blocks) too, so that the norm stays. A_t U = 0 in every block.
+    """
+    blocks: Sequence[Tensor] = [
+        top_directions(u, c, rank, name) for u, c in zip(basis, covariances, strict=True)
+    ]
+    return torch.cat(blocks, dim=1) / (3 * len(blocks)) ** 0.5

@@ -1,0 +1,66 @@
+"""`prefect deployment run continual-order1`: a Prefect start-up hook.
+
+Prefect names a deployment FLOW/DEPLOYMENT. With this plugin FLOW-DEPLOYMENT names it too, and commands reach the
+server of `make serve` without PREFECT_API_URL. Enabled by prefect.toml, so it acts in this folder only
+(PREFECT_PLUGINS_ENABLED=true: anywhere). It acts only in the `prefect` command, never in flows.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect.plugins import HookContext, SetupResult, register_hook
+
+from flows.server import answers, default_url, find_server
+
+
+@register_hook
+def setup_environment(*, ctx: HookContext) -> SetupResult | None:
+    """Point the `prefect` command at the running server and let it read FLOW-DEPLOYMENT names.
+
+    Raises:
+        SystemExit: `prefect deployment run` with no server: it would be scheduled on a temporary server that
+            ends with the command, and nothing would ever run.
+    """
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if Path(sys.argv[0]).name not in ("prefect", "-m") or words[:1] == ["server"]:
+        return None
+    if words[:1] == ["deployment"]:
+        _accept_dashed_names()
+    url = ctx.api_url or find_server()
+    if words[:2] == ["deployment", "run"] and "--help" not in sys.argv and (url is None or _local_and_silent(url)):
+        print(f"No Prefect server answers at {url or default_url()}; start one with: make serve", file=sys.stderr)
+        raise SystemExit(1)
+    return SetupResult(env={"PREFECT_API_URL": url}) if url and not ctx.api_url else None
+
+
+def _local_and_silent(url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "http://localhost:")) and not answers(url)
+
+
+def _accept_dashed_names() -> None:
+    """Let PrefectClient.read_deployment_by_name resolve "<flow>-<deployment>" where exactly one matches."""
+    from prefect.client.orchestration import PrefectClient
+    from prefect.exceptions import ObjectNotFound
+
+    original = PrefectClient.read_deployment_by_name
+
+    async def read_deployment_by_name(self: PrefectClient, name: str) -> Any:
+        dashes = [i for i, letter in enumerate(name) if letter == "-"]
+        if "/" in name or not dashes:
+            return await original(self, name)
+        found, missing = [], None
+        for i in dashes:  # either part may hold dashes itself
+            try:
+                found.append(await original(self, f"{name[:i]}/{name[i + 1 :]}"))
+            except ObjectNotFound as error:
+                missing = error
+        if len(found) == 1:
+            return found[0]
+        if missing is not None and not found:
+            raise missing
+        return await original(self, name)
+
+    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign]

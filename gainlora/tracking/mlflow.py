@@ -1,0 +1,327 @@
+"""A run in MLflow: one parent run, one child run per task. The only module that imports mlflow.
+
+    parent  <run_id>              options as params; at step t: AP, FT, BWT, score.<task>, coefficient/...,
+            |                     basis/..., seconds/...; R as table and heat map; data sets as inputs
+            +- task_01_<name>     loss by optimizer step, scores on all seen tasks, adapter, gate, bases,
+            +- task_02_<name>     predictions
+
+Everything goes through `MlflowClient` with explicit run ids: no active run, which a Prefect task on
+another thread would lose. A run is found again by its tag `gainlora.key`, so a resumed run continues
+its own MLflow run; what was logged is known by the tag `gainlora.done`, and a crash in between repeats
+the same points with the same timestamps, which the store keeps once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gainlora.errors import GainLoRAError
+from gainlora.tracking.folder import Run, Step, options, read_json, read_lines, read_run, read_step
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Metric
+    from mlflow.entities import Run as MlflowRun
+
+KEY, DONE = "gainlora.key", "gainlora.done"
+POINTS = 1000
+"""Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
+PARAM_LENGTH = 6000  # MLflow's limit
+
+
+def tracking_uri(root: Path = Path("."), uri: str | None = None) -> str:
+    """The store's address, absolute, so that it means the same in every process.
+
+    Args:
+        root: the project's folder.
+        uri: params.yaml's `tracking.uri`; None: SQLite in <root>/mlruns. A relative SQLite path counts from root.
+    """
+    if uri is None:
+        uri = "sqlite:///mlruns/mlflow.db"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{(root / uri.removeprefix('sqlite:///')).resolve()}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise GainLoRAError(f"tracking.uri: {uri!r}: MLflow keeps no runs in folders; give sqlite:///FILE or http.")
+    return uri
+
+
+def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str:
+    """Create the parent run of a run folder, or reopen it.
+
+    Args:
+        folder: runs/<run_id>, with config.json and data.json.
+        tracking: params.yaml's section: experiment, uri.
+        root: the project's folder.
+
+    Returns:
+        MLflow's run id; the run is RUNNING.
+
+    Raises:
+        GainLoRAError: no run folder, or the experiment was deleted.
+    """
+    run = read_run(folder)
+    with _store(tracking, root) as (client, experiment):
+        parent = _find(client, experiment, folder.name) or client.create_run(
+            experiment, run_name=folder.name, tags={KEY: folder.name}
+        )
+        run_id: str = parent.info.run_id
+    if parent.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    _log(client, run_id, params=options(run.config["config"]), tags=_tags(run))
+    client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
+    return run_id
+
+
+def record_task(
+    folder: Path, task_folder: Path, parent_run_id: str, tracking: dict[str, Any], root: Path = Path(".")
+) -> str:
+    """Log a finished task: a child run of its own, and the parent's metrics at step t.
+
+    Args:
+        folder: runs/<run_id>.
+        task_folder: one finished task's folder in it.
+        parent_run_id: what `start` returned.
+        tracking: params.yaml's section: experiment, uri.
+        root: the project's folder.
+
+    Returns:
+        MLflow's run id of the child, FINISHED.
+
+    Raises:
+        GainLoRAError: the task's folder is not whole.
+    """
+    run, step = read_run(folder), read_step(task_folder)
+    sums = task_folder / "checksums.json"
+    content = json.dumps(read_json(sums), sort_keys=True)
+    ended = int(sums.stat().st_mtime * 1000)  # the folder's own time: the same whenever it is logged
+    started = ended - int(1000 * sum(step.scores["seconds"].values()))
+    key = f"{folder.name}/{task_folder.name}"
+    with _store(tracking, root) as (client, experiment):
+        child = _find(client, experiment, key)
+        if child is not None and DONE in child.data.tags:
+            if child.data.tags[DONE] == _digest(content):
+                return str(child.info.run_id)
+            client.delete_run(child.info.run_id)  # the task was learned again, with another outcome
+            child = None
+        child = child or client.create_run(
+            experiment,
+            start_time=started,
+            run_name=task_folder.name,
+            tags={KEY: key, "mlflow.parentRunId": parent_run_id},
+        )
+    run_id: str = child.info.run_id
+    entry = run.data[step.task]
+    described = {"task": step.task, "index": step.index, **{k: entry[k] for k in ("train", "test")}}
+    _log(client, run_id, params=described, tags=_tags(run))
+    client.log_inputs(run_id, datasets=[_dataset(step.task, entry)])
+    outcome = _outcome(run, step, ended)
+    _log(client, run_id, metrics=outcome + _curve(step, started))
+    _log(client, parent_run_id, metrics=outcome)
+    _artifacts(client, run_id, task_folder)
+    client.set_tag(run_id, DONE, _digest(content))
+    client.set_terminated(run_id, "FINISHED", end_time=ended)
+    return run_id
+
+
+def finish(
+    folder: Path, parent_run_id: str, tracking: dict[str, Any], report: dict[str, Any], root: Path = Path(".")
+) -> None:
+    """Close a parent run: final AP, FT and BWT, R as a table, figures, the run's own files.
+
+    Args:
+        folder: runs/<run_id>, all tasks finished.
+        parent_run_id: what `start` returned.
+        tracking: params.yaml's section: experiment, uri.
+        report: params.yaml's section: decimals of the heat map's cells, dpi of the figures.
+        root: the project's folder.
+
+    Raises:
+        GainLoRAError: a task is not finished.
+    """
+    run = read_run(folder)
+    if not run.complete:
+        done = f"{len(run.steps)} of {len(run.tasks)} tasks are learned"
+        raise GainLoRAError(f"{folder}: {done}; run the same command again to continue it.")
+    with _store(tracking, root) as (client, _):
+        parent = client.get_run(parent_run_id)
+    digest = _digest(json.dumps(run.result, sort_keys=True))
+    if parent.data.tags.get(DONE) != digest:
+        for name in ("config.json", "data.json", "result.json"):
+            client.log_artifact(parent_run_id, str(folder / name))
+        if not any(file.path == "R.json" for file in client.list_artifacts(parent_run_id)):  # it would append
+            client.log_table(parent_run_id, _table(run), "R.json")
+        from gainlora.tracking.report import run_figures
+
+        for name, (figure, _) in run_figures(run, report["decimals"]).items():
+            client.log_figure(parent_run_id, figure, f"figures/{name}.png", save_kwargs={"dpi": report["dpi"]})
+        client.set_tag(parent_run_id, DONE, digest)
+        client.set_terminated(parent_run_id, "FINISHED")
+    else:
+        client.set_terminated(parent_run_id, "FINISHED", end_time=parent.info.end_time)
+
+
+def fail(
+    parent_run_id: str, status: Literal["FAILED", "KILLED"], tracking: dict[str, Any], root: Path = Path(".")
+) -> None:
+    """Close a parent run that stopped early; `start` reopens it.
+
+    Args:
+        parent_run_id: what `start` returned.
+        status: FAILED after an error, KILLED when it was stopped.
+        tracking: params.yaml's section: experiment, uri.
+        root: the project's folder.
+    """
+    with _store(tracking, root) as (client, _):
+        client.set_terminated(parent_run_id, status)
+
+
+@contextlib.contextmanager
+def _store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, str]]:
+    """Client and experiment id, both created when missing.
+
+    A local store is locked meanwhile: two processes that find no database would both create its
+    tables, and two that find no run would both create it.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("alembic", "mlflow.store.db.utils"):  # two lines for each of 50 migrations
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(root, tracking.get("uri"))
+    with contextlib.ExitStack() as stack:
+        artifacts = None
+        if uri.startswith("sqlite:///"):
+            database = Path(uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            artifacts = (database.parent / "artifacts").as_uri()
+            stack.enter_context(FileLock(f"{database}.lock"))
+        client = MlflowClient(tracking_uri=uri)
+        yield client, _experiment(client, tracking["experiment"], artifacts)
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:  # another machine was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise GainLoRAError(f"tracking.experiment: {name!r}: {error.message}") from None
+    if found.lifecycle_stage == "deleted":
+        remedy = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+        raise GainLoRAError(f"tracking.experiment: {name!r} was deleted; {remedy}, or choose another name.")
+    return str(found.experiment_id)
+
+
+def _find(client: MlflowClient, experiment: str, key: str) -> MlflowRun | None:
+    """The run with this key, if there is one that is not deleted."""
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    return found[0] if found else None
+
+
+def _log(
+    client: MlflowClient,
+    run_id: str,
+    metrics: list[Metric] | None = None,
+    params: dict[str, Any] | None = None,
+    tags: dict[str, Any] | None = None,
+) -> None:
+    """One request per 1000 metrics or 100 params and tags, MLflow's limits."""
+    from mlflow.entities import Param, RunTag
+
+    settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in (params or {}).items()]
+    labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
+    for at in range(0, len(metrics or []), 1000):
+        client.log_batch(run_id, metrics=(metrics or [])[at : at + 1000])
+    for at in range(0, max(len(settings), len(labels)), 100):
+        client.log_batch(run_id, params=settings[at : at + 100], tags=labels[at : at + 100])
+
+
+def _tags(run: Run) -> dict[str, Any]:
+    names = ("method", "order", "model", "seed", "dtype", "device", "code")
+    tags = {name: run.config[name] for name in names}
+    tags |= {f"version.{name}": version for name, version in run.config["versions"].items()}
+    return tags | {"tasks": len(run.tasks), "skipped": ", ".join(run.config["skipped"]) or "none"}
+
+
+def _dataset(name: str, entry: dict[str, Any]) -> DatasetInput:
+    """A task's data as a run's input: digest by DVC where it tracks the folder, else of the contents."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = Dataset(
+        name=name,
+        digest=(entry["dvc"] or entry["sha256"])[:36],  # MLflow's limit
+        source_type="local",
+        source=json.dumps({"uri": entry["path"]}),
+        profile=json.dumps({"train": entry["train"], "test": entry["test"], "sha256": entry["sha256"]}),
+    )
+    return DatasetInput(data, [InputTag("mlflow.data.context", "training")])
+
+
+def _outcome(run: Run, step: Step, at: int) -> list[Metric]:
+    """What is known after task t, at step t: the same names on parent and child, in every run."""
+    from mlflow.entities import Metric
+
+    scores, subspace = step.scores, step.subspace
+    values = {key: scores[key] for key in ("AP", "FT", "BWT")}
+    values |= {f"score.{task}": score for task, score in scores["scores"].items()}
+    values |= {f"seconds/{phase}": seconds for phase, seconds in scores["seconds"].items()}
+    values |= {key: scores[key] for key in ("trainable_parameters", "truncated")}
+    for task, row in step.coefficients.items():
+        values |= {f"coefficient/{b}.on.{task}": a for b, a in zip(run.tasks, row["mean"], strict=False)}
+    values |= {f"basis/gate.{layer}": k for layer, k in subspace["gate"].items()}
+    if subspace["layers"]:
+        sizes = list(subspace["layers"].values())
+        values |= {"basis/layers.mean": sum(sizes) / len(sizes), "basis/layers.max": max(sizes)}
+    return [Metric(key, float(value), at, step.index) for key, value in values.items() if value is not None]
+
+
+def _curve(step: Step, started: int) -> list[Metric]:
+    """Training by optimizer step, thinned evenly to POINTS (the last one stays)."""
+    from mlflow.entities import Metric
+
+    rows = list(read_lines(step.folder / "train.jsonl"))
+    seconds = step.scores["seconds"]
+    stride = -(-len(rows) // POINTS) or 1
+    metrics = []
+    for n in range(len(rows) - 1, -1, -stride):  # evenly in time too, for the time axis of the UI
+        at = started + int(1000 * (seconds["prepare"] + seconds["train"] * (n + 1) / len(rows)))
+        metrics += [
+            Metric(f"train.{key}", float(rows[n][key]), at, rows[n]["step"])
+            for key in ("loss", "learning_rate", "seconds")
+        ]
+    return metrics[::-1]
+
+
+def _artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """The task's folder: adapter, gate and bases under adapter/, predictions/, the rest beside."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), path.name)
+        else:
+            adapter = path.suffix == ".safetensors" or path.name == "adapter_config.json"
+            client.log_artifact(run_id, str(path), "adapter" if adapter else None)
+
+
+def _table(run: Run) -> dict[str, list[Any]]:
+    """R for `log_table`: one row per learned task."""
+    columns: dict[str, list[Any]] = {"after task": run.tasks}
+    columns |= {task: [row[i] for row in run.R] for i, task in enumerate(run.tasks)}
+    return columns | {key: [step.scores[key] for step in run.steps] for key in ("AP", "FT", "BWT")}
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
