@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 ORDER ?= embedded
 UI_PORT ?= 5000
@@ -18,7 +18,8 @@ help: ## list the commands
 
 # Made again only when the dependencies change.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		|| { echo "$(PYTHON) is not Python 3.11: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -26,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 env: $(VENV)/.ready ## make the environment (.venv), as every command below does when it must
 
 run: env ## learn the four embedded tasks (dvc repro: only what changed) and show the result
-	@dvc repro
+	@dvc repro embedded
 	@python -m flows.show embedded
 	@echo "Curves, scores and adapters of every run:  make ui"
 

@@ -30,7 +30,6 @@ def main(order: str) -> int:
     calls = [command for command in above if any(Path(word).name == "dvc" for word in command[:3])]
     call = next((command for command in calls if named(order, command)), None)
     if call is None:
-        print(f"{order} runs by name only: dvc repro {order}")
         return 0
     if not Path("data/CL_Benchmark").is_dir():
         print(

@@ -197,7 +197,7 @@ def tracked(folder: str) -> Iterator[str]:
 
 def report_start(folder: str, finished: int, tasks: list[str]) -> None:
     resumed = f", {finished} finished before" if finished else ""
-    get_run_logger().info(f"{folder}: {len(tasks)} tasks{resumed}")
+    get_run_logger().info(f"runs/{Path(folder).name}: {len(tasks)} tasks{resumed}")
 
 
 def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> None:

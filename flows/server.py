@@ -55,6 +55,8 @@ def environment(url: str | None) -> dict[str, str]:
     """
     values = dict(os.environ)
     values.setdefault("PREFECT_HOME", str(HOME.resolve()))
+    # Where the cores are shared, OpenMP's busy waiting costs far more than it saves: a step of 18 s took minutes.
+    values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     values |= {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -38,7 +38,7 @@ def data_hashes(data: Path) -> tuple[dict[str, str], list[str]]:
             related = path == data or path in data.parents or data in path.parents
             if not (related and out.exists):
                 continue
-            now = out.get_hash()[1].value  # DVC remembers it by time and size: quick when nothing changed
+            now = out.get_hash().value  # DVC remembers it by time and size: quick when nothing changed
             hashes[path.as_posix()] = str(now)
             if out.hash_info and out.hash_info.value != now:
                 changed.append(path.as_posix())
@@ -52,7 +52,8 @@ def note_hashes(folder: Path, hashes: dict[str, str]) -> None:
     for entry in data.values():
         path = Path(entry["path"])
         held = [h for p, h in hashes.items() if Path(p) == path or Path(p) in path.parents]
-        entry["dvc"] = held[-1] if held else None
+        if held:
+            entry["dvc"] = held[-1]
     _replace(file, json.dumps(data, indent=2) + "\n")
 
 

@@ -48,19 +48,16 @@ def _accept_dashed_names() -> None:
     original = PrefectClient.read_deployment_by_name
 
     async def read_deployment_by_name(self: PrefectClient, name: str) -> Any:
-        dashes = [i for i, letter in enumerate(name) if letter == "-"]
-        if "/" in name or not dashes:
+        if "/" in name:
             return await original(self, name)
-        found, missing = [], None
-        for i in dashes:  # either part may hold dashes itself
+        found, missing = [], ObjectNotFound(ValueError(f"no deployment {name}"))
+        for i in (i for i, letter in enumerate(name) if letter == "-"):  # either part may hold dashes itself
             try:
                 found.append(await original(self, f"{name[:i]}/{name[i + 1 :]}"))
             except ObjectNotFound as error:
                 missing = error
-        if len(found) == 1:
-            return found[0]
-        if missing is not None and not found:
+        if len(found) != 1:
             raise missing
-        return await original(self, name)
+        return found[0]
 
-    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign]
+    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[assignment,method-assign]

@@ -1,8 +1,8 @@
 """Tiny random models and tasks, made in code: for mechanics, never for claims about language.
 
-    tiny_llama(folder), tiny_t5(folder)   a random model and its word tokenizer, as from_pretrained wants them
-    tiny_tasks(folder, count)             task folders in the benchmark's format
-    tiny_params(folder, ...)              a params.yaml with an order `tiny` over them
+tiny_llama(folder), tiny_t5(folder)   a random model and its word tokenizer, as from_pretrained wants them
+tiny_tasks(folder, count)             task folders in the benchmark's format
+tiny_params(folder, ...)              a params.yaml with an order `tiny` over them
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tiny_llama(folder: Path | None = None, **overrides: Any) -> Any:
 
     tokenizer = tiny_tokenizer()
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    sizes |= dict(num_key_value_heads=2, max_position_embeddings=256) | overrides
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2) | overrides
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
     return _saved(LlamaForCausalLM(config), tokenizer, folder)

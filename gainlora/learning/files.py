@@ -6,14 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gainlora.errors import GainLoRAError
-
-LEARNING_CODE = ("config.py", "data", "model", "learning")
-"""What decides the result of a run, inside the package."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,7 +55,9 @@ def verify_checksums(folder: Path) -> None:
     for name, expected in read_json(folder / "checksums.json").items():
         path = folder / name
         if not path.is_file():
-            raise GainLoRAError(f"{path}: missing; remove {folder.name} and later task folders, and run the order again.")
+            raise GainLoRAError(
+                f"{path}: missing; remove {folder.name} and later task folders, and run the order again."
+            )
         with path.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if found != expected:
@@ -67,24 +65,6 @@ def verify_checksums(folder: Path) -> None:
                 f"{path}: changed since it was written (its SHA-256 is not the recorded one); remove {folder.name} and "
                 "later task folders, and run the order again."
             )
-
-
-def code_digest() -> str:
-    """SHA-256 of the package's source that decides what is learned."""
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for part in LEARNING_CODE:
-        path = package / part
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what computes the result."""
-    names = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
-    return {name: version(name) for name in names}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """The two steps around a task's training: prepare its branch and gate, then update the memories.
 
-    prepare   covariance of the new task's inputs under branches 1..t-1 -> A_t (inflora), key of gate t
-    update    fold and freeze branch and gate t; covariances under 1..t -> expand U (inflora) and M (gated)
+prepare   covariance of the new task's inputs under branches 1..t-1 -> A_t (inflora), key of gate t
+update    fold and freeze branch and gate t; covariances under 1..t -> expand U (inflora) and M (gated)
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def start_gate(model: GainLoRAModel, examples: Examples, config: Config, generat
     return Gate(start, model.gate_memory if config.gate.constrain_update else nothing, config.gate.score)
 
 
-def update_memory(
-    model: GainLoRAModel, examples: Examples, config: Config, task: int, name: str, horizon: int
-) -> None:
+def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task: int, name: str, horizon: int) -> None:
     """End task `task` (1-based): freeze its branch and gate, and add what it used to the memories."""
     rule, settings = RULES[config.rule], config.subspace
     model.freeze_branch(name)

@@ -13,9 +13,6 @@ configuration, the data and the code that learns, so a folder never mixes two of
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import shutil
 import time
 from functools import cache
@@ -26,28 +23,17 @@ import torch
 
 from gainlora.config import Config, from_dict
 from gainlora.data.batches import tokenize
-from gainlora.data.sources import dvc_hash, resolve_model
+from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError
 from gainlora.learning.evaluate import Prediction, evaluate_task
-from gainlora.learning.files import (
-    append_checksums,
-    code_digest,
-    package_versions,
-    read_json,
-    verify_checksums,
-    write_json,
-    write_lines,
-)
+from gainlora.learning.files import append_checksums, read_json, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
+from gainlora.learning.run_folder import hold, make_run
 from gainlora.learning.steps import Examples, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
-from gainlora.model.base import load_base, pick_dtype
+from gainlora.model.base import load_base, pick_device
 from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Stream:
@@ -62,7 +48,7 @@ class Stream:
         self.skipped: list[str] = described["skipped"]
         self.dtype: torch.dtype = getattr(torch, described["dtype"])
         self.horizon = self.config.subspace.horizon or len(self.tasks)
-        self._lock = _lock(folder)
+        self._lock = hold(folder)
         self._loaded: tuple[GainLoRAModel, Any] | None = None
         self._holds = -1  # tasks that the model in memory has learned; -1: in the middle of one
         self._seconds: dict[str, float] = {}
@@ -74,44 +60,7 @@ class Stream:
         Raises:
             GainLoRAError: data or model are not there, or another process works in this folder.
         """
-        tasks, skipped = load_order(config.order, config.data, root)
-        resolve_model(config.model.name, root)
-        dtype = str(pick_dtype(config.model.dtype, _device())).removeprefix("torch.")
-        data = {
-            task.name: {
-                "path": f"{config.order.data}/{task.name}",
-                "dvc": dvc_hash(Path(config.order.data) / task.name, root),
-                "sha256": task.sha256,
-                "train": len(task.train),
-                "test": len(task.test),
-            }
-            for task in tasks
-        }
-        code = code_digest()
-        parts = [config.to_dict(), dtype, code, {name: entry["sha256"] for name, entry in data.items()}]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-        model = Path(config.model.name).name
-        run_id = f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
-        folder = root.resolve() / "runs" / run_id
-        if not (folder / "config.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "data.json", data)
-            described = {
-                "run_id": run_id,
-                "order": config.order.name,
-                "method": config.method,
-                "model": config.model.name,
-                "seed": config.seed,
-                "tasks": [task.name for task in tasks],
-                "skipped": skipped,
-                "config": config.to_dict(),
-                "dtype": dtype,
-                "device": _device().type,
-                "code": code,
-                "versions": package_versions(),
-            }
-            write_json(folder / "config.json", described)
-        return Stream.open(folder)
+        return Stream.open(make_run(config, root))
 
     @staticmethod
     def open(folder: Path | str) -> Stream:
@@ -138,7 +87,7 @@ class Stream:
         if self._learned(t):
             return
         started = time.perf_counter()
-        model, tokenizer = self._model_after(t - 1)
+        model, _ = self._model_after(t - 1)
         self._holds = -1
         prepare_task(model, self._examples(t), self.config, t)
         self._seconds = {"prepare": time.perf_counter() - started}
@@ -272,7 +221,7 @@ class Stream:
             return self._loaded
         config = self.config
         base, tokenizer = load_base(resolve_model(config.model.name, self.root), self.dtype)
-        base.to(_device())
+        base.to(pick_device())
         if k == 0:
             adapter = GainLoRAConfig(
                 base_model=config.model.name,
@@ -332,26 +281,6 @@ def _opened(folder: Path) -> Stream:
 @cache
 def _tasks(config: Config, root: Path) -> list[Task]:
     return load_order(config.order, config.data, root)[0]
-
-
-def _lock(folder: Path) -> Any:
-    """Hold the folder for this process; the lock ends with it, however it ends."""
-    handle = (folder / ".lock").open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        raise GainLoRAError(
-            f"{folder.name}: this run is in progress already (process {handle.read().strip() or 'unknown'}); wait for "
-            "it, or stop it and run again: it continues where it stopped."
-        ) from None
-    import os
-
-    handle.seek(0)
-    handle.truncate()
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
 
 
 def _summary(R: list[list[float]]) -> dict[str, float | None]:

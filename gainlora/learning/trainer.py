@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,7 +92,8 @@ def train_task(
             loss += part.item()
         if not math.isfinite(loss):
             raise GainLoRAError(
-                f"task {name}, step {step}: the loss is {loss}; lower train.learning_rate, or set model.dtype to float32."
+                f"task {name}, step {step}: the loss is {loss}; lower train.learning_rate, "
+                "or set model.dtype to float32."
             )
         if settings.max_grad_norm is not None:
             accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -113,4 +113,3 @@ def train_task(
 
 def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
     return [examples[i : i + size] for i in range(0, len(examples), size)]
-

@@ -29,6 +29,11 @@ class Inputs:
     """Whether its rows are tokens of the prompt side (input_ids) or of the decoder (labels)."""
 
 
+def pick_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The base's dtype for `model.dtype`; `auto` is bfloat16 where the device computes in it."""
     if name != "auto":

@@ -1,9 +1,9 @@
 """Adapter files: safetensors and JSON, nothing else.
 
-    adapter_config.json         GainLoRAConfig
-    adapter_model.safetensors   <layer>.lora_A (T, r, d_in), <layer>.lora_B (T, d_out, r)
-    gate.safetensors            hidden.<l> (T, d_l, d_{l-1}), key (T, d); gated integration only
-    subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b, k)
+adapter_config.json         GainLoRAConfig
+adapter_model.safetensors   <layer>.lora_A (T, r, d_in), <layer>.lora_B (T, d_out, r)
+gate.safetensors            hidden.<l> (T, d_l, d_{l-1}), key (T, d); gated integration only
+subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b, k)
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.base import load_base, pick_dtype
+from gainlora.model.base import load_base, pick_device, pick_dtype
 from gainlora.model.gate import GateWeights
 
 if TYPE_CHECKING:
@@ -54,12 +53,11 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     from gainlora.model.gainlora_model import GainLoRAConfig
 
     values = _read_config(folder)
-    config = GainLoRAConfig(**{**values, "targets": values["targets"] and tuple(values["targets"]),
-                               "tasks": tuple(values["tasks"])})  # fmt: skip
+    lists = {name: value and tuple(value) for name, value in values.items() if name in ("targets", "tasks")}
+    config = GainLoRAConfig(**{**values, **lists})
     if base is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, device))
-        base.to(device)
+        base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()))
+        base.to(pick_device())
     model = cls(base, config)
     branches = _load(folder / "adapter_model.safetensors")
     for name, layer in model.layers.items():
@@ -110,7 +108,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        return dict(load_file(path))
+        # cloned: a memory-mapped tensor's alignment differs from an allocated one's, and with it BLAS's last bit
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise GainLoRAError(f"{path}: not found; the adapter's folder is incomplete.") from None
     except SafetensorError as error:

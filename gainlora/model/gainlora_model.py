@@ -147,12 +147,12 @@ class GainLoRAModel(nn.Module):
 
         Args:
             input_ids: (B, S). attention_mask: (B, S), 0 on padding.
-            labels: encoder-decoder: (B, S_target). Decoder-only: (B, S), -100 on prompt and padding; they tell the
-                prompt from the answer and are not given to the base model.
+            labels: the answers, -100 on everything else. Encoder-decoder: (B, S_target), fed to the decoder shifted
+                by one. Decoder-only: (B, S); they tell the answer from the prompt. No loss is computed here.
         """
         self.integration.coefficients = self.coefficients(input_ids, self.prompt_mask(attention_mask, labels))
-        if self.encoder_decoder:
-            kwargs["labels"] = labels
+        if self.encoder_decoder and labels is not None:
+            kwargs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
         return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     @torch.no_grad()
@@ -209,4 +209,3 @@ class GainLoRAModel(nn.Module):
         from gainlora.model.files import load_adapter
 
         return load_adapter(cls, Path(folder), base, dtype)
-

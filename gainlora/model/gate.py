@@ -15,6 +15,7 @@ Source: Liang, Chen, Li, GainLoRA (NeurIPS 2025), section 3 and Proposition 3.1.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,12 +124,13 @@ class Gate(nn.Module):
 def first_hidden(shape: Sequence[int], generator: torch.Generator) -> list[Tensor]:
     """Hidden layers of gate 1, (1, d_{l+1}, d_l): nn.Linear's default initialization."""
     hidden = []
-    for inputs, outputs in zip(shape, shape[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(shape):
         bound = 1 / math.sqrt(inputs)
         hidden.append(torch.empty(1, outputs, inputs).uniform_(-bound, bound, generator=generator))
     return hidden
 
 
+@torch.no_grad()
 def new_key(
     covariance: Tensor,
     memory: Tensor,

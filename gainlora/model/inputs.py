@@ -27,9 +27,7 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         group -> (b, d/b, d/b) blocks of C, float32.
     """
     blocks = model.config.covariance_blocks
-    found = {
-        group: Covariance(model.layers[group].base.in_features, blocks, model.device) for group in model.groups
-    }
+    found = {group: Covariance(model.layers[group].base.in_features, blocks, model.device) for group in model.groups}
     masks: dict[str, Tensor] = {}
 
     def observe(group: str) -> Any:

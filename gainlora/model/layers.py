@@ -74,7 +74,7 @@ class Branches(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h_new, A, B, new_A, new_B, c = ctx.saved_tensors
         r = len(new_A)
         grad = grad.to(new_A.dtype)  # (B, S, d_out)
@@ -123,12 +123,14 @@ class GatedLoRALinear(nn.Module):
         e = self.base(x)
         if not self.branches:
             return e
-        A, B, new_A, new_B = self.A, self.B, self.new_A, self.new_B
-        if new_A is None or new_B is None:  # all frozen: the last branch stands in for the newest
+        if self.new_A is None or self.new_B is None:  # all frozen: the last one stands in for the newest
             r = self.rank
-            A, new_A, B, new_B = A[:-r], A[-r:], B[:, :-r], B[:, -r:]
+            A, new_A, B, new_B = self.A[:-r], self.A[-r:], self.B[:, :-r], self.B[:, -r:]
+        else:
+            A, new_A, B, new_B = self.A, self.new_A, self.B, self.new_B
         c = self.integration.columns(len(x), self.rank, self.scaling)
-        return e + Branches.apply(x, A, B, new_A, new_B, c, self.scaling)
+        branches: Tensor = Branches.apply(x, A, B, new_A, new_B, c, self.scaling)
+        return e + branches
 
     def start_branch(self, A: Tensor, B: Tensor, train_A: bool) -> None:
         """Make a branch (A (r, d_in), B (d_out, r)) the one that is learned."""

@@ -13,7 +13,6 @@ Pure tensors: nothing here knows of models. Everything is two thin products; no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -159,7 +158,5 @@ def design_A(basis: Basis, covariances: Tensor, rank: int, name: str) -> Tensor:
     With one block its rows are orthogonal and of norm 1/sqrt(3). With several, the rows are divided by
     sqrt(blocks) too, so that the norm stays. A_t U = 0 in every block.
     """
-    blocks: Sequence[Tensor] = [
-        top_directions(u, c, rank, name) for u, c in zip(basis, covariances, strict=True)
-    ]
+    blocks = [top_directions(u, c, rank, name) for u, c in zip(basis, covariances, strict=True)]
     return torch.cat(blocks, dim=1) / (3 * len(blocks)) ** 0.5

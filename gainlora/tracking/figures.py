@@ -56,22 +56,23 @@ def coefficient_spread(tasks: Sequence[str], examples: Mapping[str, Sequence[Seq
         examples: seen task -> (examples, t) coefficients.
     """
     count = len(examples)
-    columns = min(count, 3)
+    columns = 2 if count in (2, 4) else min(count, 3)
     lines = -(-count // columns)
     width = max(len(rows[0]) for rows in examples.values())
     figure = _figure(columns * max(2.2, 0.9 + 0.28 * width), 0.6 + 1.9 * lines)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, (task, rows) in zip(grid.flat, examples.items(), strict=False):
         boxes = axes.boxplot(list(zip(*rows, strict=True)), patch_artist=True, widths=0.6, flierprops={"markersize": 2})
         for branch, box in enumerate(boxes["boxes"], start=1):
             own = tasks[branch - 1] == task
             box.set(facecolor=COLOURS[1] if own else COLOURS[0], alpha=0.75)
-        for part in ("boxes", "whiskers", "caps", "medians", "fliers"):
-            for line in boxes[part]:
-                line.set(color=INK) if part != "boxes" else line.set(edgecolor=INK)
-                if part == "fliers":
-                    line.set(markeredgecolor=INK)
+            box.set_edgecolor(INK)
+        for line in (*boxes["whiskers"], *boxes["caps"], *boxes["medians"]):
+            line.set_color(INK)
+        for dots in boxes["fliers"]:
+            dots.set_markeredgecolor(INK)
         _style(axes, grid=True)
+        axes.grid(visible=False, axis="x")
         axes.set_ylim(-0.02, 1.02)
         axes.set_title(f"{tasks.index(task) + 1} {short(task)}", fontsize=9, color=INK)
     for axes in grid.flat[count:]:
@@ -86,7 +87,7 @@ def accuracy_curves(tasks: Sequence[str], R: Rows) -> Figure:
     figure = _figure(7.4, max(3.2, 1.6 + 0.21 * len(tasks)))
     axes = figure.subplots()
     for i, task in enumerate(tasks):
-        line = [(t + 1, row[i]) for t, row in enumerate(R) if row[i] is not None]
+        line = [(t + 1, row[i]) for t, row in enumerate(R) if i < len(row) and row[i] is not None]
         if line:
             axes.plot(*zip(*line, strict=True), label=f"{i + 1} {short(task)}", **_line(i))
     means = performance(R)

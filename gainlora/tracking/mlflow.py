@@ -1,7 +1,8 @@
 """A run in MLflow: one parent run, one child run per task. The only module that imports mlflow.
 
-    parent  <run_id>              options as params; at step t: AP, FT, BWT, score.<task>, coefficient/...,
-            |                     basis/..., seconds/...; R as table and heat map; data sets as inputs
+    parent  <run_id>              options as params; at step t: AP, FT, BWT, score.<task>, seconds.*,
+            |                     subspace.* (basis sizes), task.<asked>.coefficient.<branch>; R as table,
+            |                     figures; data sets as inputs
             +- task_01_<name>     loss by optimizer step, scores on all seen tasks, adapter, gate, bases,
             +- task_02_<name>     predictions
 
@@ -33,6 +34,11 @@ KEY, DONE = "gainlora.key", "gainlora.done"
 POINTS = 1000
 """Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
 PARAM_LENGTH = 6000  # MLflow's limit
+NOTE = (
+    "Step t: after learning task t. AP: mean score over the tasks seen, higher is better. FT: forgetting, lower is "
+    "better. BWT: below 0 is forgetting. score.X: on task X; a falling curve is a task being forgotten. "
+    "Chart AP, FT and score.* of several runs together to compare methods; child runs hold the training curves."
+)
 
 
 def tracking_uri(root: Path = Path("."), uri: str | None = None) -> str:
@@ -68,7 +74,7 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
     run = read_run(folder)
     with _store(tracking, root) as (client, experiment):
         parent = _find(client, experiment, folder.name) or client.create_run(
-            experiment, run_name=folder.name, tags={KEY: folder.name}
+            experiment, run_name=folder.name, tags={KEY: folder.name, "mlflow.note.content": NOTE}
         )
         run_id: str = parent.info.run_id
     if parent.info.status != "RUNNING":
@@ -270,20 +276,23 @@ def _dataset(name: str, entry: dict[str, Any]) -> DatasetInput:
 
 
 def _outcome(run: Run, step: Step, at: int) -> list[Metric]:
-    """What is known after task t, at step t: the same names on parent and child, in every run."""
+    """What is known after task t, at step t: the same names on parent and child, in every run.
+
+    Dots, not slashes: the UI makes a section of what stands before a slash and shows it above AP, FT and BWT.
+    """
     from mlflow.entities import Metric
 
     scores, subspace = step.scores, step.subspace
     values = {key: scores[key] for key in ("AP", "FT", "BWT")}
     values |= {f"score.{task}": score for task, score in scores["scores"].items()}
-    values |= {f"seconds/{phase}": seconds for phase, seconds in scores["seconds"].items()}
+    values |= {f"seconds.{phase}": seconds for phase, seconds in scores["seconds"].items()}
     values |= {key: scores[key] for key in ("trainable_parameters", "truncated")}
     for task, row in step.coefficients.items():
-        values |= {f"coefficient/{b}.on.{task}": a for b, a in zip(run.tasks, row["mean"], strict=False)}
-    values |= {f"basis/gate.{layer}": k for layer, k in subspace["gate"].items()}
+        values |= {f"task.{task}.coefficient.{b}": a for b, a in zip(run.tasks, row["mean"], strict=False)}
+    values |= {f"subspace.gate.{layer}": k for layer, k in subspace["gate"].items()}
     if subspace["layers"]:
         sizes = list(subspace["layers"].values())
-        values |= {"basis/layers.mean": sum(sizes) / len(sizes), "basis/layers.max": max(sizes)}
+        values |= {"subspace.layers.mean": sum(sizes) / len(sizes), "subspace.layers.max": max(sizes)}
     return [Metric(key, float(value), at, step.index) for key, value in values.items() if value is not None]
 
 

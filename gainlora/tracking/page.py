@@ -28,9 +28,9 @@ h3 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 a { color: inherit }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .32rem .7rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { color: var(--soft); font-weight: 600 }
-tbody th { color: inherit; font-weight: 500 }
+th, td { padding: .32rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom }
+tbody th { font-weight: 500 }
 tbody tr:nth-child(even) { background: var(--band) }
 .n { text-align: right }
 .note, figcaption { color: var(--soft); font-size: .88rem; max-width: 46rem }

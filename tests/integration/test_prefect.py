@@ -1,0 +1,202 @@
+"""The flow on a real Prefect server with a real worker, a real MLflow store and a tiny random model."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tiny import tiny_llama, tiny_params
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+RUN_FLOW = "import json, sys; from flows.supervise import run_flow; sys.exit(run_flow(json.loads(sys.argv[1])))"
+TASKS = ["task1", "task2", "task3"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Project:
+    """A folder with the project's flows and an order `tiny`."""
+
+    def __init__(self, folder, model):
+        self.folder, self.port = folder, free_port()
+        for name in ("prefect.toml", "prefect.yaml"):
+            shutil.copy(ROOT / name, folder / name)
+        shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+        tiny_params(folder, model)
+        ours = ("PREFECT_", "MLFLOW_", "DVC_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
+            "PREFECT_PORT": self.port,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def start(self, *command):
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def __call__(self, *command, code=0):
+        """Run a command in the folder; its output, when its exit code is `code`."""
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output
+        return output
+
+    def flow(self, code=0, **parameters):
+        return self(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", **parameters}), code=code)
+
+    def api(self, path, **body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/{path}/filter",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return json.load(reply)
+
+    def last_flow_run(self):
+        ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED"]}}}
+        return self.api("flow_runs", flow_runs=ended, sort="END_TIME_DESC", limit=1)[0]
+
+    def mlflow_runs(self):
+        """{run name: [status, ...]} of the store."""
+        with sqlite3.connect(self.folder / "mlruns" / "mlflow.db") as store:
+            rows = store.execute("select name, status from runs order by start_time").fetchall()
+        return {name: [status for other, status in rows if other == name] for name, _ in rows}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, model):
+    """A project after `make serve`."""
+    project = Project(tmp_path_factory.mktemp("served"), model)
+    try:
+        assert "Prefect is ready" in project(sys.executable, "-m", "flows.server", "start")
+        yield project
+    finally:
+        record = json.loads((project.folder / ".prefect" / "server.json").read_text())
+        project(sys.executable, "-m", "flows.server", "stop")
+        assert not any(psutil.pid_exists(record[name][0]) for name in ("server", "worker"))
+
+
+def test_dashed_name_runs_the_order_on_the_worker(served):
+    output = served(
+        *("prefect", "deployment", "run", "continual-order1", "--watch"),
+        *("--param", "order=tiny", "--param", "method=seqlora", "--param", "seed=3", "--param", "train_limit=8"),
+    )
+    assert "continual/order1" in output and "finished successfully" in output
+
+    run = served.last_flow_run()
+    assert run["parameters"]["method"] == "seqlora" and run["parameters"]["train_limit"] == 8
+    of_run = {"id": {"any_": [run["id"]]}}
+    steps = [step["name"] for step in served.api("task_runs", flow_runs=of_run, sort="EXPECTED_START_TIME_ASC")]
+    phases = ["prepare branch", "train", "update subspaces", "evaluate seen tasks", "finish", "record"]
+    expected = [f"{phase} {t}/3 {name}" for t, name in enumerate(TASKS, 1) for phase in phases]
+    assert [step for step in steps if "/3 " in step] == expected
+    artifacts = served.api("artifacts", flow_runs=of_run)
+    assert [artifact["data"] for artifact in artifacts if artifact["type"] == "progress"] == [100]
+    tables = sorted(artifact["data"] for artifact in artifacts if artifact["type"] == "markdown")
+    assert [table.count("\n") for table in tables] == [2, 3, 4] and "| 3 task3 |" in tables[-1]
+
+    (folder,) = (served.folder / "runs").glob("tiny-seqlora-*")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["tasks"] == TASKS and [len(row) for row in result["R"]] == [3, 3, 3]
+    assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+    assert not (served.folder / "metrics" / "tiny.json").exists()  # not what params.yaml describes
+
+
+def test_names(served):
+    for name in ("continual-embedded", "continual-order4", "continual/order2"):
+        output = served("prefect", "deployment", "run", name, "--start-in", "1 day")
+        assert f"Creating flow run for deployment '{name.replace('-', '/')}'" in output
+    for name in ("continual-order9", "order1", "continual-"):
+        assert f"Deployment '{name}' not found!" in served("prefect", "deployment", "run", name, code=1)
+
+
+def test_bad_input_fails_the_run_with_its_one_message(served):
+    served("prefect", "deployment", "run", "continual/order2", "--watch", code=1)  # no such order in this params.yaml
+    state = served.last_flow_run()["state"]
+    assert state["type"] == "FAILED"
+    assert state["message"] == "params.yaml: no order 'order2'; known: tiny."
+    assert served.flow(method="seqlor", code=1).strip().startswith("error: method: 'seqlor' is unknown; choose from")
+
+
+def test_serving_twice_changes_nothing(served):
+    record = (served.folder / ".prefect" / "server.json").read_text()
+    served(sys.executable, "-m", "flows.server", "start")
+    assert (served.folder / ".prefect" / "server.json").read_text() == record
+
+
+def test_an_interrupted_run_is_marked_and_goes_on(served):
+    parameters = json.dumps({"order": "tiny", "seed": 8})
+    process = served.start(sys.executable, "-c", RUN_FLOW, parameters)
+    output = ""
+    while "task 1/3" not in output:
+        line = process.stdout.readline()
+        assert line, output
+        output += line
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=60)[0]
+    (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-8-*")
+    assert process.returncode == 130, output
+    assert served.mlflow_runs()[folder.name] == ["KILLED"]
+    before = (folder / "task_01_task1" / "scores.json").stat().st_mtime_ns
+
+    assert "finished before" in served.flow(seed=8)
+    assert (folder / "task_01_task1" / "scores.json").stat().st_mtime_ns == before
+    assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+
+
+def test_without_a_server_the_command_says_so(tmp_path, model):
+    project = Project(tmp_path, model)
+    output = project("prefect", "deployment", "run", "continual-order1", code=1)
+    assert output.splitlines() == [
+        f"No Prefect server answers at http://127.0.0.1:{project.port}/api; start one with: make serve"
+    ]
+
+
+def test_without_a_server_the_flow_brings_its_own_and_ends_it(tmp_path, model):
+    project = Project(tmp_path, model)
+    output = project.flow()  # returns only when nobody holds the pipe any more
+    assert [line.split(" |")[0] for line in output.splitlines() if line.startswith("task ")] == [
+        f"task {t}/3 {name}" for t, name in enumerate(TASKS, 1)
+    ]
+    result = json.loads((tmp_path / "metrics" / "tiny.json").read_text())
+    assert result["method"] == "gainlora-inflora" and len(result["R"]) == 3
+    published = {path.name for path in (tmp_path / "adapters" / "tiny").iterdir()}
+    assert {"adapter_model.safetensors", "gate.safetensors", "adapter_config.json", "result.json"} <= published
+    assert set(project.mlflow_runs().popitem()[1]) == {"FINISHED"}
+
+
+def test_the_flow_ends_when_its_supervisor_is_killed(served):
+    process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 9}))
+    end = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert children
+    process.kill()
+    process.communicate(timeout=60)
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left

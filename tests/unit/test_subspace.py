@@ -1,0 +1,124 @@
+"""Bases: orthonormal, growing, of the right size, blind to nothing they should hold."""
+
+import pytest
+import torch
+
+from gainlora.errors import GainLoRAError
+from gainlora.model.subspace import (
+    Covariance,
+    design_A,
+    empty_basis,
+    expand_basis,
+    expand_blocks,
+    principal_directions,
+    threshold_at,
+)
+
+
+def inputs(n: int, d: int, rank: int, seed: int = 0) -> torch.Tensor:
+    """n rows in a random `rank`-dimensional subspace, with a falling spectrum."""
+    g = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(3, 0.5, rank)
+    return (torch.randn(n, rank, generator=g) * scales) @ torch.randn(rank, d, generator=g)
+
+
+def covariance(x: torch.Tensor, blocks: int = 1) -> torch.Tensor:
+    c = Covariance(x.shape[1], blocks)
+    for part in x.split(7):
+        c.update(part)
+    return c.matrices("test")
+
+
+def test_streamed_covariance_is_the_covariance_and_its_blocks():
+    x = inputs(50, 12, 5)
+    expected = x.T @ x / 50
+    torch.testing.assert_close(covariance(x)[0], expected)
+    blocks = covariance(x, 3)
+    for j in range(3):
+        torch.testing.assert_close(blocks[j], expected[4 * j : 4 * j + 4, 4 * j : 4 * j + 4])
+
+
+def test_covariance_refuses_nothing_seen_and_values_not_finite():
+    with pytest.raises(GainLoRAError, match=r"layer\.q: no inputs"):
+        Covariance(4).matrices("layer.q")
+    c = Covariance(4)
+    c.update(torch.full((1, 4), float("inf")))
+    with pytest.raises(GainLoRAError, match=r"layer\.q.*not finite"):
+        c.matrices("layer.q")
+    with pytest.raises(GainLoRAError, match="covariance_blocks: 3"):
+        Covariance(4, 3)
+
+
+@pytest.mark.parametrize("energy", ["covariance", "representation"])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.995])
+def test_first_basis_is_the_smallest_that_holds_the_threshold(energy, threshold):
+    c = covariance(inputs(400, 20, 8))[0]
+    basis = expand_basis(torch.zeros(20, 0), c, threshold, energy)
+    sigma = torch.linalg.svdvals(c.double())
+    share = sigma ** (2 if energy == "covariance" else 1)
+    share = share.cumsum(0) / share.sum()
+    k = basis.shape[1]
+    assert share[k - 1] >= threshold - 1e-9 and (k == 1 or share[k - 2] < threshold)
+    u, _, _ = torch.linalg.svd(c.double())  # the same span as a full SVD
+    torch.testing.assert_close((u[:, :k].T @ basis.double()).svd().S, torch.ones(k).double(), atol=1e-6, rtol=0)
+
+
+def test_expansion_keeps_old_columns_is_orthonormal_and_reaches_the_threshold():
+    c1, c2 = covariance(inputs(300, 24, 6, 1))[0], covariance(inputs(300, 24, 10, 2))[0]
+    first = expand_basis(torch.zeros(24, 0), c1, 0.99, "covariance")
+    both = expand_basis(first, c2, 0.99, "covariance")
+    torch.testing.assert_close(both[:, : first.shape[1]], first, atol=0, rtol=0)
+    torch.testing.assert_close(both.T @ both, torch.eye(both.shape[1]), atol=1e-5, rtol=0)
+
+    def kept(u):
+        return 1 - (c2 - u @ (u.T @ c2)).norm() ** 2 / c2.norm() ** 2
+
+    assert kept(both) >= 0.99 > kept(both[:, :-1])
+
+
+def test_expansion_stops_where_nothing_is_new_and_never_passes_the_rank_or_d():
+    c = covariance(inputs(300, 16, 5))[0]
+    full = expand_basis(torch.zeros(16, 0), c, 1.0, "covariance")
+    assert full.shape[1] == 5
+    assert expand_basis(full, c, 1.0, "covariance").shape[1] == 5
+    everything = expand_basis(full, torch.eye(16), 1.0, "covariance")
+    assert everything.shape[1] == 16
+    assert expand_basis(everything, covariance(inputs(300, 16, 9, 3))[0], 1.0, "covariance").shape[1] == 16
+
+
+def test_first_basis_gets_one_direction_even_for_a_tiny_threshold():
+    assert expand_basis(torch.zeros(9, 0), torch.eye(9), 1e-6, "covariance").shape[1] == 1
+
+
+def test_principal_directions_are_left_singular_vectors_of_the_residual():
+    c = covariance(inputs(300, 24, 12))[0].double()
+    basis = expand_basis(torch.zeros(24, 0).double(), covariance(inputs(90, 24, 4, 5))[0].double(), 1.0, "covariance")
+    directions, sigma = principal_directions(c, basis)
+    u, s, _ = torch.linalg.svd(c - basis @ (basis.T @ c))
+    torch.testing.assert_close(sigma, s[: len(sigma)], rtol=1e-6, atol=1e-9)
+    for k in (1, 3, 8):  # equal spans: all principal angles are 0
+        overlap = torch.linalg.svdvals(u[:, :k].T @ directions[:, :k])
+        assert (1 - overlap).max() < 1e-9
+    assert (basis.T @ directions).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_designed_A_lies_outside_the_memory(blocks):
+    old, new = covariance(inputs(200, 32, 3, 1), blocks), covariance(inputs(200, 32, 20, 2), blocks)
+    basis = expand_blocks(empty_basis(32, blocks), old, 0.99, "covariance")
+    A = design_A(basis, new, 4, "layer.q")
+    assert A.shape == (4, 32)
+    whole = torch.block_diag(*basis)  # (d, k)
+    assert (A @ whole).abs().max() < 1e-6
+    torch.testing.assert_close(A @ A.T, torch.eye(4) / 3, atol=1e-5, rtol=0)  # norm 1 / sqrt(3)
+
+
+def test_rank_beyond_what_is_free_is_refused_by_name():
+    basis = expand_blocks(empty_basis(8), torch.eye(8)[None], 1.0, "covariance")
+    with pytest.raises(GainLoRAError, match=r"lora\.rank: 2 .* 0 input directions .*layer\.q"):
+        design_A(basis, torch.eye(8)[None], 2, "layer.q")
+
+
+def test_threshold_rises_to_its_end_and_stays():
+    assert threshold_at(0.9, 1, 5) == 0.9
+    assert threshold_at(0.9, 5, 5) == threshold_at(0.9, 9, 5) == pytest.approx(0.98)
