@@ -10,10 +10,8 @@ result is cached. Tasks take paths and plain values only; gainlora/learning/stre
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,8 +216,6 @@ def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> 
 
 def matrix_markdown(folder: str, t: int, decimals: int) -> str:
     """R, rows 1..t, as a Markdown table."""
-    import json
-
     rows = [json.loads(next(Path(folder).glob(f"task_{i:02d}_*/scores.json")).read_text()) for i in range(1, t + 1)]
     names = [row["task"] for row in rows]
     lines = ["| after | " + " | ".join(names) + " | AP |", "|---" * (t + 2) + "|"]
@@ -232,59 +228,3 @@ def matrix_markdown(folder: str, t: int, decimals: int) -> str:
 def artifact_key(kind: str, folder: str) -> str:
     """Prefect allows lower-case letters, digits and dashes."""
     return f"{kind}-{re.sub('[^a-z0-9]+', '-', Path(folder).name.lower())}"
-
-
-# ---- as a process of its own, started by flows/supervise.py -------------------------------------
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m flows.continual PARAMETERS [FD]`: run the flow on JSON parameters; the exit code."""
-    import json
-
-    if len(arguments) > 1:
-        threading.Thread(target=_end_with_supervisor, args=[int(arguments[1])], daemon=True).start()
-    _print_own_lines()
-    try:
-        state = continual(**json.loads(arguments[0]), return_state=True)
-    except KeyboardInterrupt:
-        print("Interrupted. Finished tasks are kept; the same command goes on after them.", file=sys.stderr)
-        return 130
-    if state.is_completed():
-        from flows.show import show
-
-        if "DVC_STAGE" not in os.environ:
-            show(state.result())
-        return 0
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, BaseException) and error.__traceback__ and state.data is not None:
-        import traceback
-
-        traceback.print_exception(error)
-    else:
-        print(f"error: {state.message}", file=sys.stderr)
-    return 1
-
-
-def _print_own_lines() -> None:
-    """The lines this file logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
-    import logging
-
-    from prefect.logging.configuration import setup_logging
-
-    setup_logging()
-    handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(lambda entry: entry.pathname == __file__)
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addHandler(handler)
-
-
-def _end_with_supervisor(pipe: int) -> None:
-    """End this process's group when the supervisor is gone: its end of the pipe closes even on SIGKILL."""
-    import signal
-
-    os.read(pipe, 1)
-    os.killpg(0, signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -31,10 +31,10 @@ def run_flow(parameters: Mapping[str, Any]) -> int:
     alive, held = os.pipe()
     received: list[int] = []
     values = environment(find_server())
-    # Prefect's own lines stay in its UI; the flow prints its own (flows/continual.py).
+    # Prefect's own lines stay in its UI; the flow prints its own (flows/process.py).
     values["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     child = subprocess.Popen(
-        [sys.executable, "-m", "flows.continual", json.dumps(dict(parameters)), str(alive)],
+        [sys.executable, "-m", "flows.process", json.dumps(dict(parameters)), str(alive)],
         env=values,
         pass_fds=[alive],
         start_new_session=True,

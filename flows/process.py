@@ -1,0 +1,57 @@
+"""The flow as a process of its own, started and ended by flows/supervise.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import flows.continual
+from flows.show import show
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m flows.process PARAMETERS [FD]`: run the flow on JSON parameters; the exit code."""
+    if len(arguments) > 1:
+        threading.Thread(target=_end_with_supervisor, args=[int(arguments[1])], daemon=True).start()
+    _print_own_lines()
+    try:
+        state = flows.continual.continual(**json.loads(arguments[0]), return_state=True)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished tasks are kept; the same command goes on after them.", file=sys.stderr)
+        return 130
+    if state.is_completed():
+        if "DVC_STAGE" not in os.environ:
+            show(state.result())
+        return 0
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, BaseException) and error.__traceback__ and state.data is not None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {state.message}", file=sys.stderr)
+    return 1
+
+
+def _print_own_lines() -> None:
+    """The lines the flow logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.addFilter(lambda entry: entry.pathname == flows.continual.__file__)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addHandler(handler)
+
+
+def _end_with_supervisor(pipe: int) -> None:
+    """End this process's group when the supervisor is gone: its end of the pipe closes even on SIGKILL."""
+    os.read(pipe, 1)
+    os.killpg(0, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
