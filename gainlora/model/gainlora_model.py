@@ -66,6 +66,9 @@ class GainLoRAModel(nn.Module):
             layer = GatedLoRALinear(base.get_submodule(name), config.rank, config.alpha / config.rank, self.integration)
             setattr(base.get_submodule(parent), child, layer)
             self.layers[name] = layer
+        # Logits are asked for at the last positions only, a strided slice: a linear layer copies its whole weight
+        # once per sample for it. In one block of rows it is a plain product.
+        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.base = base
         self.encoder_decoder: bool = base.config.is_encoder_decoder
         self.gate: Gate | None = None  # the gate being learned
@@ -209,3 +212,7 @@ class GainLoRAModel(nn.Module):
         from gainlora.model.files import load_adapter
 
         return load_adapter(cls, Path(folder), base, dtype)
+
+
+def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].contiguous(),)
