@@ -36,14 +36,18 @@ def read_json(path: Path) -> Any:
         raise GainLoRAError(f"{path}: damaged: {error}; remove its folder and run the order again.") from None
 
 
-def append_checksums(folder: Path) -> None:
-    """Write checksums.json over every file in `folder`, all of it flushed to disk."""
+def seal(partial: Path, final: Path) -> None:
+    """Write checksums.json over every file in `partial`, flush all of it, and give it its final name."""
     sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"):
+    for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "checksums.json"):
         with path.open("rb") as handle:
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(handle, "sha256").hexdigest()
+            sums[str(path.relative_to(partial))] = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
-    write_json(folder / "checksums.json", sums)
+    write_json(partial / "checksums.json", sums)
+    partial.rename(final)
+    parent = os.open(final.parent, os.O_RDONLY)
+    os.fsync(parent)  # the new name, too
+    os.close(parent)
 
 
 def verify_checksums(folder: Path) -> None:

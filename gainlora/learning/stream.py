@@ -27,7 +27,7 @@ from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError
 from gainlora.learning.evaluate import Prediction, evaluate_task
-from gainlora.learning.files import append_checksums, read_json, verify_checksums, write_json, write_lines
+from gainlora.learning.files import read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
 from gainlora.learning.run_folder import hold, make_run
 from gainlora.learning.steps import Examples, prepare_task, update_memory
@@ -166,9 +166,7 @@ class Stream:
         if t > self.finished:
             if not (self._partial(t) / "scores.json").exists():
                 self.evaluate(t)
-            (self._partial(t) / "learned.json").unlink(missing_ok=True)
-            append_checksums(self._partial(t))
-            self._partial(t).rename(self.task_folder(t))
+            seal(self._partial(t), self.task_folder(t))
         return self.task_folder(t)
 
     def result(self) -> dict[str, Any]:
