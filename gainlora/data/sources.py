@@ -128,7 +128,7 @@ def resolve_model(name: str, root: Path = Path(".")) -> str:
                 "write it by the model's save_pretrained."
             )
         return str(local)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or ("/" in name and local.parent.is_dir()):
         raise GainLoRAError(
             f"model.name: {name}: no such folder, and no hub id; give {EMBEDDED_MODEL}, ID or a folder."
         )

@@ -31,24 +31,13 @@ def evaluate_task(
 ) -> list[Prediction]:
     """Generate and score an answer for every row, in the rows' order.
 
-    Greedy (or beam) search with nothing taken from the base model's own generation settings. Batches hold
-    prompts of similar length; in float32 that changes no answer.
+    Greedy (or beam) search; `load_base` removed the base model's own generation settings. Batches hold prompts of
+    similar length; in float32 that changes no answer.
 
     Args:
         rows: tokenized test examples.
         max_new_tokens: enough for the longest answer and its EOS.
     """
-    from transformers import GenerationConfig
-
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=config.evaluate.num_beams,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(model.base.config, "decoder_start_token_id", None),
-    )
     model.eval()
     found: dict[int, Prediction] = {}
     lengths = [len(ids) for ids in rows["prompt_ids"]]
@@ -57,11 +46,11 @@ def evaluate_task(
         inputs = collate(examples, tokenizer.pad_token_id, model.encoder_decoder, targets=False)
         inputs = {key: value.to(model.device) for key, value in inputs.items()}
         with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=generation)
+            a = model.coefficients(**inputs)  # (B, T) or None
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=config.evaluate.num_beams)
         if not model.encoder_decoder:
             output = output[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-        a = model.integration.coefficients  # (B, T) or None
         for row, (i, example, answer) in enumerate(zip(batch, examples, answers, strict=True)):
             references = example["references"] if config.data.references == "all" else example["references"][:1]
             coefficients = None if a is None else [round(v, 5) for v in a[row].tolist()]

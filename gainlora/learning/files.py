@@ -36,13 +36,23 @@ def read_json(path: Path) -> Any:
         raise GainLoRAError(f"{path}: damaged: {error}; remove its folder and run the order again.") from None
 
 
+def flush(folder: Path) -> None:
+    """Bring every file in `folder` to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
 def seal(partial: Path, final: Path) -> None:
     """Write checksums.json over every file in `partial`, flush all of it, and give it its final name."""
+    for leftover in [*partial.rglob("*.part"), partial / "checksums.json"]:  # of an interrupted write
+        leftover.unlink(missing_ok=True)
+    flush(partial)
     sums = {}
-    for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != "checksums.json"):
+    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
         with path.open("rb") as handle:
             sums[str(path.relative_to(partial))] = hashlib.file_digest(handle, "sha256").hexdigest()
-            os.fsync(handle.fileno())
     write_json(partial / "checksums.json", sums)
     partial.rename(final)
     parent = os.open(final.parent, os.O_RDONLY)

@@ -17,7 +17,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning.files import write_json
 from gainlora.model.base import pick_device, pick_dtype
 
-LEARNING_CODE = ("config.py", "data", "model", "learning")
+LEARNING_CODE = ("config.py", "plain.py", "data", "model", "learning")
 """What decides the result of a run, inside the package."""
 PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
 
@@ -37,6 +37,8 @@ def make_run(config: Config, root: Path = Path(".")) -> Path:
     Raises:
         GainLoRAError: data or model are not there.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GainLoRAError("WORLD_SIZE: several processes cannot share one run; start it without accelerate launch.")
     resolve_model(config.model.name, root)
     folder = run_folder(config, root)
     if (folder / "config.json").exists():

@@ -6,6 +6,7 @@ update    fold and freeze branch and gate t; covariances under 1..t -> expand U 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,9 @@ class Examples:
 
     def __init__(self, rows: Any, model: GainLoRAModel, config: Config, pad_id: int) -> None:
         count = min(len(rows), config.subspace.max_examples or len(rows))
-        lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"][:count], rows["target_ids"][:count], strict=True)]
+        # any `count` of them, not the first: a file may be sorted by label
+        rows = rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
+        lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
         self.rows, self.model, self.pad_id = rows, model, pad_id
         self.order = buckets(lengths, config.evaluate.batch_size)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError
 from gainlora.learning.evaluate import Prediction, evaluate_task
-from gainlora.learning.files import read_json, seal, verify_checksums, write_json, write_lines
+from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
 from gainlora.learning.run_folder import hold, make_run
 from gainlora.learning.steps import Examples, prepare_task, update_memory
@@ -96,8 +96,11 @@ class Stream:
         """Train branch and gate t."""
         if self._learned(t):
             return
-        if "prepare" not in self._seconds:
+        # taken before anything changes: what fails half-way is prepared anew
+        seconds, self._seconds = self._seconds, {}
+        if "prepare" not in seconds or "train" in seconds:
             self.prepare(t)
+            seconds, self._seconds = self._seconds, {}
         started = time.perf_counter()
         model, tokenizer = self._model()
         self._trainable = model.trainable_parameters()
@@ -106,7 +109,7 @@ class Stream:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write_lines(partial / "train.jsonl", records)
-        self._seconds["train"] = time.perf_counter() - started
+        self._seconds = {**seconds, "train": time.perf_counter() - started}
 
     def update(self, t: int) -> None:
         """Freeze branch and gate t, expand the memories, and write the learned state."""
@@ -114,6 +117,7 @@ class Stream:
             return
         if "train" not in self._seconds:
             self.train(t)
+        seconds, self._seconds = self._seconds, {}
         started = time.perf_counter()
         model, _ = self._model()
         update_memory(model, self._examples(t), self.config, t, self.tasks[t - 1], self.horizon)
@@ -121,14 +125,13 @@ class Stream:
         partial = self._partial(t)
         model.save_pretrained(partial)
         write_json(partial / "subspace.json", _basis_sizes(model))
-        self._seconds["update"] = time.perf_counter() - started
+        flush(partial)
         learned = {
-            "seconds": self._seconds,
+            "seconds": {**seconds, "update": time.perf_counter() - started},
             "truncated": sum(self._rows(t, "train")["truncated"]),
             "trainable_parameters": self._trainable,
         }
         write_json(partial / "learned.json", learned)  # last: it says that the state above is whole
-        self._seconds = {}
 
     def evaluate(self, t: int) -> dict[str, Any]:
         """Answer the test examples of tasks 1..t; row t of R. Returns the content of scores.json."""
@@ -218,6 +221,7 @@ class Stream:
         if self._loaded is not None and self._holds == k:
             return self._loaded
         config = self.config
+        self._loaded = None  # never two bases in memory
         base, tokenizer = load_base(resolve_model(config.model.name, self.root), self.dtype)
         base.to(pick_device())
         if k == 0:
@@ -245,9 +249,16 @@ class Stream:
         self._loaded, self._holds = (model, tokenizer), k
         return self._loaded
 
-    @property
+    @cached_property
     def _data(self) -> dict[str, Task]:
-        return {task.name: task for task in _tasks(self.config, self.root)}
+        recorded = read_json(self.folder / "data.json")
+        tasks = load_order(self.config.order, self.config.data, self.root)[0]
+        for task in tasks:
+            if task.sha256 != recorded[task.name]["sha256"]:
+                raise GainLoRAError(
+                    f"{recorded[task.name]['path']}: changed since this run began; start the order again for a new run."
+                )
+        return {task.name: task for task in tasks}
 
     def _rows(self, t: int, split: str) -> Any:
         model, tokenizer = self._model()
@@ -274,11 +285,6 @@ class Stream:
 @cache
 def _opened(folder: Path) -> Stream:
     return Stream(folder)
-
-
-@cache
-def _tasks(config: Config, root: Path) -> list[Task]:
-    return load_order(config.order, config.data, root)[0]
 
 
 def _summary(R: list[list[float]]) -> dict[str, float | None]:

@@ -106,6 +106,7 @@ def train_task(
             {"step": step, "loss": loss, "learning_rate": rate, "examples": len(batch), "seconds": round(seconds, 4)}
         )
     wrapped.eval()
+    model.integration.coefficients = None
     if settings.gradient_checkpointing:
         model.base.gradient_checkpointing_disable()
     return records

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gainlora.errors import GainLoRAError
@@ -56,28 +57,48 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         GainLoRAError: it cannot be loaded, or is neither encoder-decoder nor a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a run has bars of its own
+    loaded: dict[str, Any]
     try:
         config = AutoConfig.from_pretrained(source)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = kind.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, loaded = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise GainLoRAError(
-            f"model.name: {source!r} cannot be loaded as a T5- or Llama-like model: {error}; give a hub id that you "
+            f"model.name: {source!r} cannot be loaded as a T5- or Llama-like model: {reason}; give a hub id that you "
             "have access to, or a folder with config.json, safetensors weights and a tokenizer."
         ) from None
+    if loaded["missing_keys"]:  # transformers would go on with random ones
+        raise GainLoRAError(
+            f"model.name: {source!r}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint."
+        )
+    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
+        raise GainLoRAError(
+            f"model.name: {source!r}: its tokenizer has more tokens than the model; they do not belong."
+        )
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
         raise GainLoRAError(f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere
+    # What generate() is not told it takes from here: plain greedy search, no penalties that a checkpoint came with.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+    )
     return model.eval().requires_grad_(False), tokenizer
 
 
-def find_targets(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+def find_targets(model: Any, names: Sequence[str] | None) -> list[str]:
     """Full names of the linear layers to adapt.
 
     Args:
@@ -86,7 +107,8 @@ def find_targets(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     Raises:
         GainLoRAError: a name matches nothing.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    output = model.get_output_embeddings()  # sees the last positions only, and is often tied to the embeddings
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
     ends = [name.rsplit(".", 1)[-1] for name in linear]
     if names is None:
         names = next((pair for pair in ATTENTION_PROJECTIONS if set(pair) <= set(ends)), ())

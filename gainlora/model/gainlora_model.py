@@ -57,7 +57,7 @@ class GainLoRAModel(nn.Module):
         super().__init__()
         base.requires_grad_(False)
         self.config = config
-        self.integration = Integration()
+        self.integration = Integration(config.gated)
         targets = find_targets(base, config.targets)
         self.inputs: dict[str, Inputs] = trace_inputs(base, targets)
         self.layers: dict[str, GatedLoRALinear] = {}  # name in the base -> the layer that took its place
@@ -80,6 +80,16 @@ class GainLoRAModel(nn.Module):
             group: empty_basis(self.layers[group].base.in_features, config.covariance_blocks, self.device)
             for group in self.groups
         }
+
+        self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.gates is not None:
+            self.gates = self.gates.to(self.device)
+        self.gate_memory = [m.to(self.device) for m in self.gate_memory]
+        self.layer_memory = {g: tuple(u.to(self.device) for u in basis) for g, basis in self.layer_memory.items()}
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -127,11 +137,15 @@ class GainLoRAModel(nn.Module):
         mask = prompt_mask.to(dtype).unsqueeze(-1)  # (B, S, 1)
         return (embedded.to(dtype) * mask).sum(1) / mask.sum(1).clamp_min(1)
 
-    def coefficients(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor | None:
-        """a (B, T) of every branch for each prompt, or None with equal integration."""
+    def coefficients(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """a (B, T) of every branch for each prompt, or None with equal integration.
+
+        Args:
+            input_ids: (B, S). attention_mask: (B, S), 1 on the prompt's real tokens.
+        """
         if not self.config.gated or not self.branches:
             return None
-        pooled = self.pool(input_ids, prompt_mask)
+        pooled = self.pool(input_ids, attention_mask)
         parts = []
         if self.gates is not None:
             parts.append(self.gates.coefficients(pooled, self.config.gate_score))
@@ -156,7 +170,10 @@ class GainLoRAModel(nn.Module):
         self.integration.coefficients = self.coefficients(input_ids, self.prompt_mask(attention_mask, labels))
         if self.encoder_decoder and labels is not None:
             kwargs["decoder_input_ids"] = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if not torch.is_grad_enabled():  # with gradients, checkpointing needs them again in backward
+            self.integration.coefficients = None
+        return output
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -164,7 +181,10 @@ class GainLoRAModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.integration.coefficients = self.coefficients(input_ids, attention_mask)
-        return cast(Tensor, self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+        try:
+            return cast(Tensor, self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+        finally:
+            self.integration.coefficients = None
 
     # -- the life of a branch -------------------------------------------------------------------------------
 

@@ -50,6 +50,10 @@ class GateWeights:
         hidden = [torch.cat(pair) for pair in zip(self.hidden, other.hidden, strict=True)]
         return GateWeights(hidden, torch.cat((self.key, other.key)))
 
+    def to(self, device: torch.device) -> GateWeights:
+        """The same gates on another device."""
+        return GateWeights([w.to(device) for w in self.hidden], self.key.to(device))
+
     def last(self) -> GateWeights:
         """The newest gate alone."""
         return GateWeights([w[-1:] for w in self.hidden], self.key[-1:])
@@ -149,11 +153,12 @@ def new_key(
         GainLoRAError: the memory leaves no direction of this task's features.
     """
     d = len(covariance)
-    directions, sigma = principal_directions(covariance, memory)
-    if not sigma.norm() >= 1e-6 * covariance.double().norm() or not len(sigma):
+    directions, _ = principal_directions(covariance, memory)
+    if not directions.shape[1]:
         raise GainLoRAError(
-            f"gate memory is full: {memory.shape[1]} of {d} feature directions belong to old tasks and the new task "
-            "has none outside them; lower subspace.gate_threshold, or raise subspace.horizon, and run again."
+            f"gate memory is full: the new task's prompts have no feature direction outside the {memory.shape[1]} of "
+            f"{d} that old tasks hold; lower subspace.gate_threshold or raise subspace.horizon, and check that the "
+            "task's prompts differ from those of earlier tasks."
         )
     if direction == "svd":
         key = directions[:, 0].to(covariance.dtype)

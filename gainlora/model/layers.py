@@ -29,17 +29,25 @@ from gainlora.errors import GainLoRAError
 class Integration:
     """The current batch's coefficients a (B, T), one object shared by all layers of a model.
 
-    None stands for equal integration, a_i = 1.
+    Args:
+        gated: whether there are coefficients; else integration is equal, a_i = 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated
         self.coefficients: Tensor | None = None
 
     def columns(self, batch: int, rank: int, scaling: float) -> Tensor | None:
-        """s * a per column of the stacked h: (batch, 1, T*r). Repeated where a batch is larger (beams)."""
+        """s * a per column of the stacked h: (batch, 1, T*r). Repeated where a batch is larger (beams).
+
+        Raises:
+            GainLoRAError: there are no coefficients for this batch.
+        """
+        if not self.gated:
+            return None
         a = self.coefficients
         if a is None:
-            return None
+            raise GainLoRAError("no coefficients: call GainLoRAModel or its generate(), not the base model inside it.")
         if batch % len(a):
             raise GainLoRAError(f"a batch of {batch} meets coefficients for {len(a)} samples; generate() sets them.")
         a = a.repeat_interleave(batch // len(a), dim=0)  # (batch, T)
@@ -101,17 +109,24 @@ class GatedLoRALinear(nn.Module):
     any, is `new_A`, `new_B`.
     """
 
-    A: Tensor
-    B: Tensor
-
     def __init__(self, base: nn.Linear, rank: int, scaling: float, integration: Integration) -> None:
         super().__init__()
         self.base, self.rank, self.scaling, self.integration = base, rank, scaling, integration
-        device = base.weight.device
-        self.register_buffer("A", torch.zeros(0, base.in_features, device=device))
-        self.register_buffer("B", torch.zeros(base.out_features, 0, device=device))
+        # no buffers: they stay float32 when the model is cast; `_apply` moves them with the base
+        self.A = torch.zeros(0, base.in_features, device=base.weight.device)
+        self.B = torch.zeros(base.out_features, 0, device=base.weight.device)
         self.new_A: nn.Parameter | None = None
         self.new_B: nn.Parameter | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.A, self.B = self.A.to(self.weight.device), self.B.to(self.weight.device)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's; some models read it (T5's feed-forward)."""
+        return self.base.weight
 
     @property
     def branches(self) -> int:

@@ -24,6 +24,10 @@ Basis = tuple[Tensor, ...]
 """Orthonormal columns per block of inputs: block j is (d / b, k_j). One block unless d is split."""
 
 
+NUMERICAL_ZERO = 1e-6
+"""Share of ||C||_F below which a singular value is rounding (a float32 stream errs by some 1e-8)."""
+
+
 class Covariance:
     """C = (1/n) sum x x^T, streamed over batches, block-diagonal with `blocks` blocks.
 
@@ -74,28 +78,28 @@ def project_out(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def principal_directions(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of R = (I - U U^T) C, largest first, without numerical zeros.
+    """Left singular vectors and values of R = (I - U U^T) C, largest first.
 
     They are the eigenvectors of the symmetric R R^T: several times faster than a full SVD of R. The
-    square is taken in float64, so that values down to 1e-7 of the largest survive it.
+    square is taken in float64, which keeps values down to 1e-8 of the largest apart.
 
     Args:
         covariance: C (d, d), symmetric.
         basis: U (d, k), orthonormal columns.
     Returns:
-        Directions (d, n), orthonormal and orthogonal to U; singular values (n,). float64.
+        Directions (d, n), orthonormal and orthogonal to U, those above `NUMERICAL_ZERO` of ||C||_F; all singular
+        values (d,). float64.
     """
     c, u = covariance.double(), basis.double()
     residual = c - u @ (u.T @ c)
     squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
     sigma = squares.clamp_min(0).sqrt().flip(0)
     vectors = vectors.flip(1)
-    precision = max(len(c) * torch.finfo(covariance.dtype).eps, 1e-7)
-    # c.norm(): the scale of C, not of R: what rounding leaves of an exhausted R is no direction
-    rank = min(int((sigma > precision * c.norm()).sum()), len(c) - u.shape[1])
+    # the scale of C, not of R: what rounding leaves of an exhausted R is no direction
+    rank = min(int((sigma > NUMERICAL_ZERO * c.norm()).sum()), len(c) - u.shape[1])
     vectors = vectors[:, :rank]
     vectors = vectors - u @ (u.T @ vectors)  # rounding of the products above
-    return torch.linalg.qr(vectors).Q if rank else vectors, sigma[:rank]
+    return torch.linalg.qr(vectors).Q if rank else vectors, sigma
 
 
 def expand_basis(
@@ -111,15 +115,15 @@ def expand_basis(
     Returns:
         (d, k') with k' >= k, orthonormal.
     """
-    power = 2 if energy == "covariance" else 1
     directions, sigma = principal_directions(covariance, basis)
-    total = torch.linalg.eigvalsh(covariance.double()).abs().pow(power).sum()
-    added = sigma.pow(power)  # (n,)
-    # kept[j]: share held with j further directions, summed from the small end for exactness
-    missing = torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1)))  # (n + 1,)
-    kept = 1 - missing / total
-    enough = torch.nonzero(kept >= threshold)
-    count = int(enough[0]) if len(enough) else len(sigma)
+    if energy == "covariance":
+        added, total = sigma.square(), covariance.double().square().sum()
+    else:  # C is positive semidefinite: its singular values sum to its trace
+        added, total = sigma, covariance.double().trace()
+    # missing[j]: energy still outside with j further directions, summed from the small end for exactness
+    missing = torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1)))  # (d + 1,)
+    enough = torch.nonzero(1 - missing / total >= threshold)
+    count = min(int(enough[0]), directions.shape[1])
     if basis.shape[1] == 0:
         count = max(count, 1)
     return torch.cat((basis, directions[:, :count].to(basis.dtype)), dim=1)

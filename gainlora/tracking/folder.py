@@ -78,9 +78,14 @@ def read_run(folder: Path) -> Run:
         GainLoRAError: no run folder, or one of its files is damaged.
     """
     config = read_json(folder / "config.json")
-    folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["tasks"], start=1)]
-    steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
-    return Run(folder, config, read_json(folder / "data.json"), steps)
+    try:
+        folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["tasks"], start=1)]
+        steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
+        run = Run(folder, config, read_json(folder / "data.json"), steps)
+        _ = run.result, config["code"], [run.data[step.task]["sha256"] for step in steps]
+    except (KeyError, TypeError) as error:
+        raise GainLoRAError(f"{folder}: damaged ({error} is missing in its files); delete it and run again.") from None
+    return run
 
 
 def read_step(folder: Path) -> Step:
@@ -123,9 +128,13 @@ def read_json(path: Path) -> dict[str, Any]:
         GainLoRAError: not there, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GainLoRAError(f"{path}: not found; name a folder that `gainlora run` wrote under runs/.") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except OSError as error:
+        reason = f"{path}: {error.strerror}; name a folder that `gainlora run` wrote under runs/."
+        raise GainLoRAError(reason) from None
     except ValueError as error:
         raise GainLoRAError(f"{path}: damaged ({error}); delete its task folder and run the order again.") from None
 

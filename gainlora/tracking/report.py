@@ -7,6 +7,7 @@ run folders' scores.json; several seeds of one configuration give mean and sampl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -75,7 +76,7 @@ def write_report(runs: list[Path], out: Path, report: dict[str, Any]) -> Path:
     if not runs:
         raise GainLoRAError("report: no runs given; make one first (`gainlora run embedded`).")
     path = out if out.suffix == ".html" else out / "index.html"
-    read = [read_run(folder) for folder in runs]
+    read = [read_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in runs)]
     groups = _groups(read)
     decimals, dpi = report["decimals"], report["dpi"]
     parts = [page.heading("Methods"), _methods(groups, decimals)]
@@ -190,7 +191,9 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
 
 def _options(run: Run) -> dict[str, Any]:
     """All that may tell two runs apart."""
-    return {**options(run.config["config"]), "dtype": run.config["dtype"], "tasks": run.tasks}
+    seen = {"dtype": run.config["dtype"], "tasks": run.tasks, "code": run.config["code"][:8]}
+    data = "".join(entry["sha256"] for entry in run.data.values())
+    return {**options(run.config["config"]), **seen, "data": hashlib.sha256(data.encode()).hexdigest()[:8]}
 
 
 def _methods(groups: Sequence[Group], decimals: int) -> str:

@@ -30,7 +30,16 @@ def project(tmp_path, monkeypatch):
     for name in ("dvc.yaml", "paper/dvc.yaml", "params.yaml", ".dvcignore", ".dvc/config", ".gitignore"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("config.py", "data/embedded.py", "data/sources.py", "model/gate.py", "learning/trainer.py"):
+    code = (
+        "config.py",
+        "plain.py",
+        "data/embedded.py",
+        "data/sources.py",
+        "data/text.py",
+        "model/gate.py",
+        "learning/a.py",
+    )
+    for name in code:
         (tmp_path / "gainlora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "gainlora" / name).write_text("# code\n")
     script = tmp_path / "bin" / "gainlora"

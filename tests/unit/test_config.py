@@ -55,7 +55,11 @@ def test_overrides_win_and_change_the_digest():
         ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
         ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
         ({"method.x": 1}, "'method' holds a value"),
-        ({"train": 3}, "train: got 3, expected a section"),
+        ({"train": {"epochs": 2}}, "'train' is a section; set its options one by one"),
+        ({"tracking.uri": "x"}, "tracking.uri: is set in"),
+        ({"order.name": "../x"}, "'../x' is no name of an order or task"),
+        ({"order.data": ""}, "order.data: empty"),
+        ({"train.weight_decay": float("inf")}, "train.weight_decay: inf must be finite"),
         ({"seed": "x"}, "seed: got 'x', expected a whole number"),
         ({"seed": -1}, "seed: -1 is too small"),
         ({"seed": True}, "seed: got True"),
@@ -69,7 +73,7 @@ def test_overrides_win_and_change_the_digest():
         ({"train.micro_batch_size": 3}, "train.micro_batch_size: 3 does not divide"),
         ({"order.tasks": []}, "tasks: empty"),
         ({"order.tasks": ["a", "a"]}, "'a' appears more than once"),
-        ({"order.tasks": ["../x"]}, "'../x' is no task name"),
+        ({"order.tasks": ["../x"]}, "'../x' is no name of an order or task"),
         ({"order.metric": "bleu"}, "order.metric: 'bleu' is not one of"),
     ],
 )
@@ -81,13 +85,24 @@ def test_contradictions_are_refused_by_name(options, message):
 
 def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "params.yaml"
-    with pytest.raises(GainLoRAError, match="not found"):
+    with pytest.raises(GainLoRAError, match="No such file"):
         load_config("embedded", path)
     for text, message in (
         ("a: [", "not valid YAML"),
         ("- a", "holds list"),
         ("seed: 1", "'orders' is missing"),
         ("orders: {a: {data: d}}", "no order 'embedded'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(GainLoRAError, match=message):
+            load_config("embedded", path)
+    for text, message in (
+        ("orders: {embedded: null}", "orders.embedded: expected data"),
+        ("orders: {embedded: {settings: [1]}}", "orders.embedded: expected data"),
+        ("report: {decimals: x}\norders: {embedded: {}}", "report.decimals: got 'x'"),
+        ("report: {dpi: 0}\norders: {embedded: {}}", "report.dpi: 0 is out of range"),
+        ("tracking: x\norders: {embedded: {}}", "tracking: got 'x'"),
+        ("orders: {1: {}}", "no order 'embedded'; known: 1"),
     ):
         path.write_text(text)
         with pytest.raises(GainLoRAError, match=message):

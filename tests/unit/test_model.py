@@ -6,10 +6,10 @@ import torch
 from gainlora.data.batches import collate
 from gainlora.errors import GainLoRAError
 from gainlora.learning.trainer import target_loss
-from gainlora.model.base import find_targets, trace_inputs
+from gainlora.model.base import find_targets, load_base, trace_inputs
 from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
-from gainlora.model.inputs import layer_covariances
+from gainlora.model.inputs import gate_covariances, layer_covariances
 from tests.tiny import tiny_llama, tiny_t5
 
 MAKERS = {"llama": tiny_llama, "t5": tiny_t5}
@@ -38,7 +38,8 @@ def make(kind: str, branches: int = 2, gated: bool = True, learning: bool = Fals
 def rows(*lengths: int) -> list[dict]:
     g = torch.Generator().manual_seed(1)
     return [
-        {"prompt_ids": torch.randint(3, 60, (n,), generator=g).tolist(), "target_ids": [70 + n % 3, 1]} for n in lengths
+        {"prompt_ids": torch.randint(3, 60, (n,), generator=g).tolist(), "target_ids": [70 + n % 3] * (n // 4) + [1]}
+        for n in lengths
     ]
 
 
@@ -61,6 +62,10 @@ def test_layers_and_their_inputs_are_found(kind):
 def test_unknown_targets_are_refused_with_what_there_is():
     with pytest.raises(GainLoRAError, match=r"lora\.targets: query .*q_proj"):
         find_targets(tiny_llama(), ["query"])
+    with pytest.raises(GainLoRAError, match=r"lora\.targets: lm_head"):
+        find_targets(tiny_llama(), ["lm_head"])
+    model = GainLoRAModel(tiny_t5(), GainLoRAConfig("tiny", rank=2, alpha=4, targets=("q", "wo"), gated=False))
+    model(**collate(rows(5), 0, True, targets=True))  # T5 reads wo.weight
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -88,9 +93,8 @@ def test_a_gate_ignores_padding_batch_mates_and_label_tokens(kind, learning):
         alone = collate([example], 0, model.encoder_decoder, targets=True)
         model(**alone)
         torch.testing.assert_close(model.integration.coefficients[0], a[i])
-        prompt = collate([example], 0, model.encoder_decoder, targets=False)  # as generation sees it
-        model.generate(**prompt, max_new_tokens=2, do_sample=False)
-        torch.testing.assert_close(model.integration.coefficients[0], a[i])
+        prompt = collate([example], 0, model.encoder_decoder, targets=False)
+        torch.testing.assert_close(model.coefficients(**prompt)[0], a[i])  # as generation sees it
         other = collate([{**example, "target_ids": [80, 81, 1]}], 0, model.encoder_decoder, targets=True)
         model(**other)
         torch.testing.assert_close(model.integration.coefficients[0], a[i])
@@ -162,13 +166,70 @@ def test_adapters_of_another_base_or_damaged_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_covariances_count_real_tokens_only(kind):
-    """One padded batch gives the same covariances as one example at a time."""
-    model = make(kind, learning=True)
+    """One padded batch gives the same covariances as one example at a time, in a model that was training."""
+    model = make(kind, learning=True).train()  # T5 has dropout: the pass must switch it off, and on again
     examples = rows(4, 11, 7)
     together = layer_covariances(model, [collate(examples, 0, model.encoder_decoder, targets=True)])
     alone = layer_covariances(model, [collate([e], 0, model.encoder_decoder, targets=True) for e in examples])
     for group in model.groups:
         torch.testing.assert_close(together[group], alone[group], rtol=1e-4, atol=1e-5)
+    assert model.training and model.base.training
+
+
+def test_covariances_are_those_of_prompt_and_target_tokens():
+    """Layer inputs: prompt and target. Gate inputs: the prompt alone."""
+    model = make("llama", learning=True)
+    (example,) = rows(9)
+    batch = collate([example], 0, False, targets=True)
+    first = model.groups[0]  # its input is the normalized embedding of each token
+    x = model.base.model.layers[0].input_layernorm(model.base.get_input_embeddings()(batch["input_ids"]))[0]
+    torch.testing.assert_close(layer_covariances(model, [batch])[first][0], x.T @ x / len(x))
+    assert len(x) == len(example["prompt_ids"]) + len(example["target_ids"])
+    p = model.base.get_input_embeddings()(torch.tensor(example["prompt_ids"])).mean(0)
+    torch.testing.assert_close(gate_covariances(model, model.gate, [batch])[0], torch.outer(p, p))
+
+
+def test_the_base_model_alone_is_refused_and_nothing_is_left_from_a_call():
+    model = make("llama")
+    batch = collate(rows(5, 9), 0, False, targets=False)
+    model.generate(**batch, max_new_tokens=2)
+    with pytest.raises(GainLoRAError, match="no coefficients"):
+        model.get_base_model()(**batch)
+
+
+def test_everything_moves_with_the_model_and_stays_float32():
+    model = make("t5").to(torch.bfloat16)
+    state = [
+        model.gates.key,
+        *model.gates.hidden,
+        *model.gate_memory,
+        *(u for b in model.layer_memory.values() for u in b),
+    ]
+    assert {t.dtype for t in state} == {torch.float32}
+    model(**collate(rows(5, 9), 0, True, targets=True))
+    model.to("meta")
+    state = [
+        model.gates.key,
+        *model.gates.hidden,
+        *model.gate_memory,
+        *(u for b in model.layer_memory.values() for u in b),
+    ]
+    assert {t.device.type for t in state} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_generation_settings_of_a_checkpoint_are_not_used(kind, tmp_path):
+    poisoned = MAKERS[kind](tmp_path)
+    poisoned.generation_config.repetition_penalty = 5.0
+    poisoned.generation_config.num_beams = 4
+    poisoned.save_pretrained(tmp_path)
+    base, _ = load_base(str(tmp_path), torch.float32)
+    settings = base.generation_config
+    assert (settings.repetition_penalty, settings.num_beams, settings.do_sample) == (None, None, False)
+    assert settings.eos_token_id == 1 and settings.pad_token_id == 0
+    batch = collate(rows(5, 9), 0, kind == "t5", targets=False)
+    plain = make(kind, base=base).generate(**batch, max_new_tokens=8, min_new_tokens=8)
+    assert torch.equal(plain, make(kind).generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False))
 
 
 def test_only_the_newest_branch_and_gate_train():

@@ -55,7 +55,7 @@ def test_result_equals_the_written_one(tmp_path: Path) -> None:
 def test_one_run_prints_R_and_the_hand_computed_measures(tmp_path: Path) -> None:
     text = printed(matrix_table([read_run(write_run(tmp_path, R, tasks=THREE)).result], 1))
     assert rows(text, "2") == [["2", "news_topic", "81.0", "88.0"]]
-    assert rows(text, "3") == [["3", "speaker_party", "82.0", "87.0", "71.0"]]
+    assert rows(text, "3") == [["3", "text_source", "82.0", "87.0", "71.0"]]
     assert "AP 80.0   FT 1.5   BWT -1.5" in text
 
 
@@ -161,7 +161,7 @@ def test_run_without_a_finished_task(tmp_path: Path) -> None:
 def test_report_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(GainLoRAError, match="no runs"):
         write_report([], tmp_path, REPORT)
-    with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: not found"):
+    with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: No such file"):
         write_report([tmp_path / "nowhere"], tmp_path, REPORT)
     folder = write_run(tmp_path, R, tasks=THREE)
     (folder / "task_01_movie_sentiment" / "scores.json").write_text("{")
@@ -192,7 +192,7 @@ def test_gate_figures_hold_the_coefficients(tmp_path: Path) -> None:
     cells = made["gate_coefficients"][0].axes[0].collections[0].get_array()
     assert cells.tolist() == [mean_coefficients(3, i) for i in (1, 2, 3)]
     panels = made["coefficient_spread"][0].axes
-    assert [axes.get_title() for axes in panels] == ["1 movie_sentiment", "2 news_topic", "3 speaker_party"]
+    assert [axes.get_title() for axes in panels] == ["1 movie_sentiment", "2 news_topic", "3 text_source"]
     gate, layers = made["basis_growth"][0].axes
     assert list(gate.lines[0].get_ydata()) == pytest.approx([100 * k / 576 for k in (5, 8, 11)])
     assert list(layers.lines[0].get_ydata()) == pytest.approx([100 * (5 * t + 14.5) / 576 for t in (1, 2, 3)])

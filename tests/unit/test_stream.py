@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gainlora.config import load_config
 from gainlora.errors import GainLoRAError
@@ -57,6 +57,8 @@ def test_a_stream_of_three_tasks(root, method):
         assert not torch.equal(branches[0][B], branches[2][B])
     else:
         assert [len(b[name]) for b in branches] == [1, 2, 3]
+        bound = torch.linalg.norm(branches[-1][name][0], dim=-1) * 3**0.5  # InfLoRA's rows: 1 / sqrt(3), untrained
+        assert torch.allclose(bound, torch.ones(2), atol=1e-4) == method.endswith("inflora")
         for key in branches[0]:  # what was learned stays as it was
             assert torch.equal(branches[0][key], branches[2][key][:1])
     assert branches[-1][B].abs().max() > 0
@@ -93,8 +95,9 @@ def test_learning_happens(tmp_path):
         assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
-def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(tmp_path):
-    one, other = project(tmp_path / "one"), project(tmp_path / "other")
+@pytest.mark.parametrize("kind", ["llama", "t5"])  # T5 has dropout, which draws random numbers
+def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(tmp_path, kind):
+    one, other = project(tmp_path / "one", kind), project(tmp_path / "other", kind)
     first, second = learn(one).task_folder(3), learn(other, model__name=str(one / "base")).task_folder(3)
     third = learn(one, seed=2).task_folder(3)
 
@@ -151,6 +154,120 @@ def test_micro_batches_give_the_same_training(tmp_path):
         [json.loads(line)["loss"] for line in (f / "train.jsonl").read_text().splitlines()] for f in (whole, split)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def memory_sizes(stream: Stream, t: int) -> dict:
+    return json.loads((stream.task_folder(t) / "subspace.json").read_text())
+
+
+def test_thresholds_energy_and_schedule_decide_how_much_is_remembered(tmp_path):
+    root = project(tmp_path)
+    low = memory_sizes(learn(root), 3)
+    gate = learn(root, subspace__gate_threshold=0.9999)  # after task 1 each shows in its own memory only
+    first = memory_sizes(learn(root), 1)
+    assert memory_sizes(gate, 1)["gate"]["3"] > first["gate"]["3"]
+    assert memory_sizes(gate, 1)["layers"] == first["layers"]
+    layers = memory_sizes(learn(root, subspace__threshold=0.97), 1)
+    assert sum(layers["layers"].values()) > sum(first["layers"].values()) and layers["gate"] == first["gate"]
+    energy = memory_sizes(learn(root, subspace__energy="representation", subspace__threshold=0.6), 1)
+    assert energy["layers"] != memory_sizes(learn(root, subspace__threshold=0.6), 1)["layers"]
+    flat = memory_sizes(learn(root, subspace__horizon=1000), 3)  # the threshold hardly rises
+    assert sum(flat["layers"].values()) < sum(low["layers"].values())
+
+
+def test_ablations_lift_their_constraint_and_only_that(tmp_path):
+    root = project(tmp_path)
+
+    def leaks(**options) -> tuple[float, float]:
+        """How much of key 2, and of the change of gate 2's hidden layers, lies in the memory of task 1."""
+        stream = learn(root, method="gainlora-inclora", **options)
+        gates = load_file(stream.task_folder(2) / "gate.safetensors")
+        memory = load_file(stream.task_folder(1) / "subspace.safetensors")
+        key, change = gates["key"][1], gates["hidden.1"][1] - gates["hidden.1"][0]
+        return float((key @ memory["gate.3"]).norm() / key.norm()), float((change @ memory["gate.1"]).abs().max())
+
+    assert max(leaks()) < 1e-5
+    key, change = leaks(gate__constrain_init=False)
+    assert key > 0.1 and change < 1e-5
+    key, change = leaks(gate__constrain_update=False)
+    assert change > 1e-4
+
+
+def test_blocks_depths_scores_and_bfloat16_run_a_stream(tmp_path):
+    root = project(tmp_path)
+    options = {"subspace__covariance_blocks": 2, "gate__depth": 3, "gate__score": "linear", "model__dtype": "bfloat16"}
+    stream = learn(root, subspace__threshold=0.5, **options)
+    state = load_file(stream.task_folder(3) / "subspace.safetensors")
+    adapter = load_file(stream.task_folder(3) / "adapter_model.safetensors")
+    assert {t.dtype for t in [*state.values(), *adapter.values()]} == {torch.float32}
+    for group in json.loads((stream.task_folder(3) / "subspace.json").read_text())["layers"]:
+        old = load_file(stream.task_folder(2) / "subspace.safetensors")
+        u = torch.block_diag(old[f"layer.{group}.0"], old[f"layer.{group}.1"])
+        assert (adapter[f"{group}.lora_A"][2] @ u).abs().max() < 1e-5
+
+
+def test_a_step_that_failed_half_way_is_taken_again_from_its_start(tmp_path, monkeypatch):
+    root = project(tmp_path)
+    expected = learn(root).task_folder(1)
+    stream = Stream.create(load_config("tiny", root / "params.yaml", {"data.test_limit": 7}), root)  # same training
+    stream.prepare(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_module.GainLoRAModel, "forward", _fails_at(2, GainLoRAModel.forward))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.train(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_module, "flush", _full_disk)
+        with pytest.raises(OSError, match="No space"):
+            stream.update(1)
+    stream.update(1)
+    stream.evaluate(1)
+    for name in ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors"):
+        assert (stream.finish(1) / name).read_bytes() == (expected / name).read_bytes()
+
+
+def _fails_at(step: int, forward):
+    count = 0
+
+    def failing(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise RuntimeError("out of memory")
+        return forward(self, *args, **kwargs)
+
+    return failing
+
+
+def _full_disk(folder):
+    raise OSError("No space left on device")
+
+
+def test_data_that_changed_under_a_run_are_named(tmp_path):
+    root = project(tmp_path)
+    stream = Stream.create(load_config("tiny", root / "params.yaml"), root)
+    path = root / "data" / "tiny" / "task2" / "train.json"
+    path.write_text(path.read_text().replace("w1", "w2"))
+    with pytest.raises(GainLoRAError, match=r"data/tiny/task2: changed since this run began"):
+        stream.prepare(1)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    root = project(tmp_path)
+    path = root / "base" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(GainLoRAError, match=r"model\.name: .*weights lack model\.layers\.1\.self_attn\.q_proj"):
+        learn(root)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(GainLoRAError, match=r"model\.name: .*cannot be loaded"):
+        learn(root)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GainLoRAError, match="WORLD_SIZE"):
+        learn(project(tmp_path))
 
 
 def test_a_changed_file_of_a_finished_task_is_named(tmp_path):
