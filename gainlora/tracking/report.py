@@ -146,8 +146,8 @@ def _matrix(result: dict[str, Any], decimals: int) -> RenderableType:
 
     tasks = result["tasks"]
     title = Text(f"{result['order']}, {result['method']}, {result['model']}, seed {result['seed']}")
-    caption = "R: score on each task (column) after learning each task (row)"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    caption = Text("R: score on each task (column) after learning each task (row)", style="dim")
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("task" if len(tasks) > 8 else "after task")
     for index in range(1, len(tasks) + 1):
         table.add_column(str(index), justify="right", min_width=4 + decimals - 1)
@@ -156,7 +156,7 @@ def _matrix(result: dict[str, Any], decimals: int) -> RenderableType:
         name = str(t + 1) if wide else f"{t + 1} {tasks[t]}"
         table.add_row(Text(name), *(_number(score, decimals, missing="") for score in row))
     names = Text("\n".join(f"{t:>3} {name}" for t, name in enumerate(tasks, start=1)), style="dim")
-    return Lines(names, table) if wide else table
+    return Lines(title, *([names] if wide else []), table, caption)  # beside the table they would wrap to its width
 
 
 def _comparison(results: Sequence[dict[str, Any]], decimals: int) -> RenderableType:
