@@ -16,6 +16,7 @@ from flows.show import show
 
 def main(arguments: list[str]) -> int:
     """`python -m flows.process PARAMETERS [FD]`: run the flow on JSON parameters; the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     if len(arguments) > 1:
         threading.Thread(target=_end_with_supervisor, args=[int(arguments[1])], daemon=True).start()
     _print_own_lines()
