@@ -160,10 +160,17 @@ def _matrix(result: dict[str, Any], decimals: int) -> RenderableType:
 
 
 def _comparison(results: Sequence[dict[str, Any]], decimals: int) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Runs", caption="AP: higher is better. FT: lower is better. BWT: below 0 is forgetting.")
+    table = Table(
+        title="Runs",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption="AP: higher is better. FT: lower is better. BWT: below 0 is forgetting.",
+    )
     for column in ("order", "method", "model", "seed", "tasks", *MEASURES):
         table.add_column(column, justify="left" if column in ("order", "method", "model") else "right")
     for result in results:
