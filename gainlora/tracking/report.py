@@ -168,6 +168,7 @@ def _comparison(results: Sequence[dict[str, Any]], decimals: int) -> RenderableT
         title="Runs",
         box=SIMPLE_HEAD,
         padding=(0, 1),
+        collapse_padding=True,
         pad_edge=False,
         caption="AP: higher is better. FT: lower is better. BWT: below 0 is forgetting.",
     )
