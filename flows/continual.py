@@ -22,8 +22,8 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.states import Failed
 
 from flows import versions
-from gainlora.config import load_config, side_section
 from gainlora.errors import GainLoRAError
+from gainlora.params import load_config, order_names, side_section
 
 STEP = "{t}/{total} {name}"
 
@@ -50,7 +50,7 @@ def continual(
     """Learn an order's tasks in sequence.
 
     Args:
-        order: a name under `orders` in params.yaml.
+        order: a name under `orders` in params.yaml, or a YAML file with such an entry.
         method, seed: in place of those in params.yaml.
         train_limit, test_limit: examples per task, in place of data.train_limit and data.test_limit.
         skip_incomplete: leave out tasks whose files are missing.
@@ -88,7 +88,7 @@ def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
             report_task(step, scores, resumed=t <= finished)
             update_progress_artifact(progress, 100 * t / len(tasks))
         result = conclude(folder, tracked_run)
-    if config == load_config(order):  # only what params.yaml says is DVC's business
+    if order in order_names() and config == load_config(order):  # only what params.yaml says is DVC's business
         publish(order, folder)
     return result
 
@@ -107,12 +107,12 @@ def version_data(order: str, data: str) -> dict[str, str]:
 
 @task(task_run_name="open run of {order}")
 def open_run(order: str, options: dict[str, Any], hashes: dict[str, str]) -> tuple[str, list[str], int]:
-    """Make or reopen the run folder: its path, its tasks' names, how many of them are finished."""
+    """Make or reopen the run folder: its path, its steps' names (the tasks'), how many of them are finished."""
     from gainlora.learning.stream import Stream
 
     stream = Stream.create(load_config(order, overrides=options))
     versions.note_hashes(stream.folder, hashes)
-    return str(stream.folder), list(stream.tasks), stream.finished
+    return str(stream.folder), list(stream.steps), stream.finished
 
 
 @task(task_run_name=f"prepare branch {STEP}")
@@ -224,8 +224,8 @@ def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> 
 def matrix_markdown(folder: str, t: int, decimals: int) -> str:
     """R, rows 1..t, as a Markdown table."""
     rows = [json.loads(next(Path(folder).glob(f"task_{i:02d}_*/scores.json")).read_text()) for i in range(1, t + 1)]
-    names = [row["task"] for row in rows]
-    lines = ["| after | " + " | ".join(names) + " | AP |", "|---" * (t + 2) + "|"]
+    names = list(rows[-1]["scores"])
+    lines = ["| after | " + " | ".join(names) + " | AP |", "|---" * (len(names) + 2) + "|"]
     for i, row in enumerate(rows, start=1):
         cells = [f"{row['scores'][n]:.{decimals}f}" if n in row["scores"] else "" for n in names]
         lines.append(f"| {i} {row['task']} | " + " | ".join(cells) + f" | {row['AP']:.{decimals}f} |")

@@ -12,7 +12,7 @@ def show(result: dict[str, Any]) -> None:
     """Print R, AP, FT and BWT of one result.json."""
     from rich.console import Console
 
-    from gainlora.config import side_section
+    from gainlora.params import side_section
     from gainlora.tracking.report import matrix_table
 
     Console().print(matrix_table([result], side_section("report")["decimals"]))

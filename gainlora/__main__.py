@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(command=_fetch)
 
     run = commands.add_parser("run", help="learn an order's tasks one after another; continues a stopped run")
-    run.add_argument("order", help="an order of params.yaml: embedded, order1, ...")
+    run.add_argument("order", help="an order of params.yaml (embedded, order1, ...), or a YAML file with one")
     run.add_argument("--method", help="a branch rule, or gainlora- and a branch rule")
     _add_run_options(run)
     run.set_defaults(command=_run)
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--model", help="a model of params.yaml, a hub id, or a folder; brings its hyperparameters")
     parser.add_argument("--skip-incomplete", action="store_true", help="leave out tasks whose files are missing")
     parser.add_argument(
         "--set", dest="options", action="append", default=[], metavar="OPTION=VALUE", type=_option,
@@ -103,6 +104,8 @@ def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any
         overrides["method"] = method
     if options.seed is not None:
         overrides["seed"] = options.seed
+    if options.model is not None:
+        overrides["model.name"] = options.model
     if options.skip_incomplete:
         overrides["data.skip_incomplete"] = True
     return overrides
@@ -110,13 +113,13 @@ def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any
 
 def _check(config: Config) -> None:
     """Refuse what cannot run before a server starts: data, model, MLflow's address, folders to write to."""
-    from gainlora.config import side_section
+    from gainlora.params import side_section
     from gainlora.data.sources import resolve_model
     from gainlora.data.tasks import load_order
     from gainlora.tracking.mlflow import tracking_uri
 
     load_order(config.order, config.data)
-    resolve_model(config.model.name)
+    resolve_model(config.model.location)
     tracking_uri(Path("."), side_section("tracking")["uri"])
     for name in ("runs", "mlruns", ".prefect", ".cache", "metrics"):
         Path(name).mkdir(exist_ok=True)
@@ -125,7 +128,7 @@ def _check(config: Config) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gainlora.config import load_config
+    from gainlora.params import load_config
 
     overrides = _overrides(options, options.method)
     _check(load_config(options.order, overrides=overrides))
@@ -135,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from gainlora.config import load_config
+    from gainlora.params import load_config
 
     methods = dict.fromkeys(name.strip() for name in options.methods.split(","))
     configs = {m: load_config(options.order, overrides=_overrides(options, m)) for m in methods}
@@ -154,7 +157,7 @@ def _compare(options: argparse.Namespace) -> int:
     results = [json.loads((run_folder(c) / "result.json").read_text(encoding="utf-8")) for c in configs.values()]
     from rich.console import Console
 
-    from gainlora.config import side_section
+    from gainlora.params import side_section
     from gainlora.tracking.report import matrix_table
 
     Console().print(matrix_table(results, side_section("report")["decimals"]))
@@ -162,7 +165,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from gainlora.config import side_section
+    from gainlora.params import side_section
     from gainlora.tracking.folder import read_run
     from gainlora.tracking.report import write_report
 

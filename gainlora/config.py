@@ -1,30 +1,22 @@
-"""params.yaml -> frozen dataclasses.
+"""One run as frozen dataclasses: what is learned, by which method, how.
 
-One `Config` describes one run completely. It is read from params.yaml (every section below is a
-section there), the chosen order's own `settings` are laid over it, then the overrides of the command
-line or of `prefect deployment run --param`. Contradictions are refused here, by the option's name,
-before anything is fetched, loaded or written.
+Sections and options have the names that params.yaml gives them (`gainlora/params.py` reads it). Contradictions are
+refused here, by the option's name, before anything is fetched, loaded or written.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from gainlora import rules
 from gainlora.errors import GainLoRAError
-from gainlora.plain import build, nearest, set_option
-
-RULES = ("seqlora", "inclora", "inflora")
-"""Branch rules; `gainlora-X` is rule X with gated integration."""
+from gainlora.plain import build
 
 
 @dataclass(frozen=True)
@@ -32,10 +24,17 @@ class ModelConfig:
     """The frozen base model."""
 
     name: str = "smollm2-135m"
-    """`smollm2-135m` (the embedded model), a hub id, or a local folder."""
+    """A model of params.yaml's `models` (`smollm2-135m`, the embedded one, `t5-large`, ...), a hub id, or a folder."""
+    source: str | None = None
+    """Hub id or folder that `name` stands for; null: `name` itself."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. `auto`: bfloat16 where the device computes in it, float32 elsewhere.
     Branches, gates, bases and covariances are float32 in every case."""
+
+    @property
+    def location(self) -> str:
+        """Where the weights are."""
+        return self.source or self.name
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,8 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Examples per forward pass (gradient accumulation); null: batch_size. Must divide batch_size."""
     weight_decay: float = 0.0
+    penalty_weight: float | None = None
+    """Factor of the rule's penalty in the loss (olora, nlora, clora, ewc); null: the rule's own (gainlora/rules)."""
     max_grad_norm: float | None = 1.0
     """Clip the gradient's norm; null: never."""
     gradient_checkpointing: bool = False
@@ -148,31 +149,6 @@ class OrderConfig:
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    """Where runs are recorded; decides nothing about what is learned."""
-
-    experiment: str = "gainlora"
-    """MLflow experiment."""
-    uri: str | None = None
-    """MLflow store; null: mlruns/mlflow.db in the project's folder."""
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """How results are shown; decides nothing about what is learned."""
-
-    decimals: int = 1
-    """Of printed tables."""
-    dpi: int = 150
-    """Of figures."""
-
-    def __post_init__(self) -> None:
-        for option, value, least, most in (("decimals", self.decimals, 0, 6), ("dpi", self.dpi, 20, 1200)):
-            if not least <= value <= most:
-                raise GainLoRAError(f"report.{option}: {value} is out of range; give {least} to {most}.")
-
-
-@dataclass(frozen=True)
 class Config:
     """One run: what is learned, by which method, how."""
 
@@ -189,15 +165,10 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        rule = self.method.removeprefix("gainlora-")
-        if rule not in RULES:
-            known = [*RULES, *(f"gainlora-{r}" for r in RULES if r != "seqlora")]
-            raise GainLoRAError(f"method: {self.method!r} is unknown; choose from {', '.join(known)}.")
-        if self.gated and rule == "seqlora":
-            raise GainLoRAError(
-                f"method: {self.method!r}: rule 'seqlora' has one branch for all tasks, so there is nothing to "
-                "gate; choose 'seqlora', or 'gainlora-inclora' for one gated branch per task."
-            )
+        if self.method not in rules.methods():
+            bare = self.method.removeprefix("gainlora-")
+            why = f"; {bare!r} has no branches of single tasks to weigh by gates" if bare in rules.names() else ""
+            raise GainLoRAError(f"method: {self.method!r} is unknown{why}; choose from {', '.join(rules.methods())}.")
         at_least = {
             "seed": (self.seed, 0),
             "data.max_prompt_tokens": (self.data.max_prompt_tokens, 8),
@@ -228,9 +199,18 @@ class Config:
         for option, number in above_zero.items():
             if number is not None and not 0 < number < float("inf"):
                 raise GainLoRAError(f"{option}: {number} must be a finite number above 0.")
-        if not 0 <= self.train.weight_decay < float("inf"):
-            raise GainLoRAError(f"train.weight_decay: {self.train.weight_decay} must be finite and not negative.")
-        for option, text in (("model.name", self.model.name), ("order.data", self.order.data)):
+        not_negative = {
+            "train.weight_decay": self.train.weight_decay,
+            "train.penalty_weight": self.train.penalty_weight,
+        }
+        for option, number in not_negative.items():
+            if number is not None and not 0 <= number < float("inf"):
+                raise GainLoRAError(f"{option}: {number} must be finite and not negative.")
+        for option, text in (
+            ("model.name", self.model.name),
+            ("model.source", self.model.location),
+            ("order.data", self.order.data),
+        ):
             if not text:
                 raise GainLoRAError(f"{option}: empty; name a folder or, for the model, a hub id.")
         for option, share in (
@@ -257,9 +237,9 @@ class Config:
                 raise GainLoRAError(f"orders.{self.order.name}.tasks: {name!r} appears more than once.")
 
     @property
-    def rule(self) -> str:
-        """The branch rule's name."""
-        return self.method.removeprefix("gainlora-")
+    def rule(self) -> rules.BranchRule:
+        """The branch rule."""
+        return rules.get(self.method)
 
     @property
     def gated(self) -> bool:
@@ -270,88 +250,7 @@ class Config:
         """Plain values, ready for JSON; `from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def digest(self) -> str:
-        """SHA-256 of all values."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-SIDE_SECTIONS: dict[str, type] = {"tracking": TrackingConfig, "report": ReportConfig}
-"""Sections of params.yaml that no run depends on."""
-
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The Config of `Config.to_dict()`'s output, as a run's config.json holds it."""
     return typing.cast(Config, build(Config, values, ""))
-
-
-def load_config(
-    order: str,
-    params: str | Path = "params.yaml",
-    overrides: Mapping[str, Any] | None = None,
-) -> Config:
-    """Read one order's configuration.
-
-    Args:
-        order: a name under `orders` in the file.
-        params: the YAML file.
-        overrides: dotted option -> value, laid over the file's values, e.g. {"train.learning_rate": 5e-4}.
-
-    Raises:
-        GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
-    """
-    raw = read_params(params)
-    for section in SIDE_SECTIONS:  # checked now, though what is learned does not depend on them
-        side_section(section, params)
-        raw.pop(section, None)
-    orders = raw.pop("orders", None)
-    if not isinstance(orders, dict) or not orders:
-        raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
-    if order not in orders:
-        raise GainLoRAError(f"{params}: no order {order!r}{nearest(order, orders)}.")
-    spec = orders[order]
-    settings = spec.get("settings") or {} if isinstance(spec, dict) else None
-    if not isinstance(spec, dict) or not isinstance(settings, dict) or "name" in spec:
-        raise GainLoRAError(
-            f"{params}: orders.{order}: expected data, template, metric, tasks and perhaps settings (option: value)."
-        )
-    inside = {name: value for name, value in spec.items() if name != "settings"}
-    values: dict[str, Any] = {**raw, "order": {"name": order, **inside}}
-    for source, layer in ((f"orders.{order}.settings", settings), ("override", overrides or {})):
-        for option, value in layer.items():
-            if str(option).split(".")[0] in SIDE_SECTIONS:
-                raise GainLoRAError(f"{source}: {option}: is set in {params} only, as no run depends on it.")
-            set_option(values, str(option), value, source)
-    return typing.cast(Config, build(Config, values, ""))
-
-
-def side_section(name: str, params: str | Path = "params.yaml") -> dict[str, Any]:
-    """Section `tracking` or `report`, checked and complete.
-
-    Raises:
-        GainLoRAError: an option is unknown or wrong.
-    """
-    made = build(SIDE_SECTIONS[name], read_params(params).get(name) or {}, f"{name}.")
-    return dataclasses.asdict(made)
-
-
-def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
-    """The file's raw content.
-
-    Raises:
-        GainLoRAError: not there, not YAML, or not a mapping.
-    """
-    path = Path(params)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GainLoRAError(f"{path}: {error.strerror}; run from the project's folder, which holds it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GainLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections.")
-    return raw
-
-
-def order_names(params: str | Path = "params.yaml") -> list[str]:
-    """Names of the orders that the file describes."""
-    return list(read_params(params).get("orders") or {})

@@ -17,8 +17,10 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning.files import write_json
 from gainlora.model.base import pick_device, pick_dtype
 
-LEARNING_CODE = ("config.py", "plain.py", "data", "model", "learning")
+LEARNING_CODE = ("config.py", "plain.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
+ALL_TASKS = "all_tasks"
+"""Name of the only step of a method that learns all tasks at once."""
 PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
 
 
@@ -39,7 +41,7 @@ def make_run(config: Config, root: Path = Path(".")) -> Path:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise GainLoRAError("WORLD_SIZE: several processes cannot share one run; start it without accelerate launch.")
-    resolve_model(config.model.name, root)
+    resolve_model(config.model.location, root)
     folder = run_folder(config, root)
     if (folder / "config.json").exists():
         return folder
@@ -61,6 +63,7 @@ def make_run(config: Config, root: Path = Path(".")) -> Path:
         "model": config.model.name,
         "seed": config.seed,
         "tasks": [task.name for task in tasks],
+        "steps": [ALL_TASKS] if config.rule.all_at_once else [task.name for task in tasks],
         "skipped": skipped,
         "config": config.to_dict(),
         "dtype": _dtype(config),

@@ -1,13 +1,14 @@
 """The two steps around a task's training: prepare its branch and gate, then update the memories.
 
-prepare   covariance of the new task's inputs under branches 1..t-1 -> A_t (inflora), key of gate t
-update    fold and freeze branch and gate t; covariances under 1..t -> expand U (inflora) and M (gated)
+prepare   the rule's start of branch t (inflora: covariance of its inputs under branches 1..t-1), key of gate t
+update    the rule's finish; fold and freeze branch and gate t; covariances under 1..t -> expand U and M
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from gainlora.config import Config
 from gainlora.data.batches import buckets, collate
-from gainlora.learning.trainer import derive_seed
-from gainlora.model.branch import RULES, random_A
+from gainlora.learning.trainer import derive_seed, target_loss
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, new_key, widths
 from gainlora.model.inputs import gate_covariances, layer_covariances
 from gainlora.model.subspace import design_A, expand_basis, expand_blocks, threshold_at
 from gainlora.progress import track
+from gainlora.rules import Start
 
 
 class Examples:
@@ -39,31 +40,31 @@ class Examples:
         self.rows, self.model, self.pad_id = rows, model, pad_id
         self.order = buckets(lengths, config.evaluate.batch_size)
 
-    def batches(self, description: str) -> Iterator[dict[str, Tensor]]:
-        """One pass."""
-        for indices in track(self.order, description):
+    def batches(self, description: str, single: bool = False) -> Iterator[dict[str, Tensor]]:
+        """One pass; `single`: one example a batch."""
+        order = [[i] for indices in self.order for i in indices] if single else self.order
+        for indices in track(order, description):
             batch = collate([self.rows[i] for i in indices], self.pad_id, self.model.encoder_decoder, targets=True)
             yield {key: value.to(self.model.device) for key, value in batch.items()}
 
 
 def prepare_task(model: GainLoRAModel, examples: Examples, config: Config, task: int) -> None:
     """Start branch `task` (1-based) and its gate on `model`, which holds tasks 1..task-1."""
-    rule = RULES[config.rule]
+    rule, rank = config.rule, config.lora.rank
     generator = torch.Generator().manual_seed(derive_seed(config.seed, task, "prepare"))
-    if rule.shared and task > 1:
-        branch = model.pop_branch()
-    else:
-        covariances = layer_covariances(model, examples.batches("inputs")) if rule.input_memory else {}
-        branch = {}
-        for name, layer in model.layers.items():
-            group = model.inputs[name].group
-            if rule.input_memory:
-                A = design_A(model.layer_memory[group], covariances[group], config.lora.rank, group)
-            else:
-                A = random_A(config.lora.rank, layer.base.in_features, generator)
-            branch[name] = A, torch.zeros(layer.base.out_features, config.lora.rank)
+    last = model.pop_branch() if rule.shared and task > 1 else {}
+    covariances = layer_covariances(model, examples.batches("inputs")) if rule.input_memory else {}
+    branch = {}
+    for name, layer in model.layers.items():
+        group = model.inputs[name].group
+        free = partial(_free_directions, model, covariances, group) if rule.input_memory else None
+        branch[name] = rule.start(Start(layer, rank, generator, last.get(name), free))
     gate = start_gate(model, examples, config, generator) if config.gated else None
     model.start_branch(branch, rule.train_A, gate)
+
+
+def _free_directions(model: GainLoRAModel, covariances: dict[str, Tensor], group: str, count: int) -> Tensor:
+    return design_A(model.layer_memory[group], covariances[group], count, group)
 
 
 def start_gate(model: GainLoRAModel, examples: Examples, config: Config, generator: torch.Generator) -> Gate:
@@ -87,7 +88,8 @@ def start_gate(model: GainLoRAModel, examples: Examples, config: Config, generat
 
 def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task: int, name: str, horizon: int) -> None:
     """End task `task` (1-based): freeze its branch and gate, and add what it used to the memories."""
-    rule, settings = RULES[config.rule], config.subspace
+    rule, settings = config.rule, config.subspace
+    rule.finish(model, partial(_gradients, model, examples))
     model.freeze_branch(name)
     if rule.input_memory:
         keep = threshold_at(settings.threshold, task, horizon)
@@ -103,3 +105,14 @@ def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task
             expand_basis(memory, covariance, keep, settings.energy)
             for memory, covariance in zip(model.gate_memory, features, strict=True)
         ]
+
+
+def _gradients(model: GainLoRAModel, examples: Examples) -> Iterator[None]:
+    """Example by example, the gradient of its log-likelihood in the trainable parameters' `grad`; eval mode."""
+    model.eval()
+    for batch in examples.batches("gradients", single=True):
+        model.zero_grad(set_to_none=True)
+        target_loss(model, batch, model.encoder_decoder).backward()
+        yield
+    model.zero_grad(set_to_none=True)
+    model.integration.coefficients = None

@@ -45,6 +45,7 @@ class Stream:
         self.run_id: str = described["run_id"]
         self.config: Config = from_dict(described["config"])
         self.tasks: list[str] = described["tasks"]
+        self.steps: list[str] = described["steps"]  # one a task; multitask: one for all
         self.skipped: list[str] = described["skipped"]
         self.dtype: torch.dtype = getattr(torch, described["dtype"])
         self.horizon = self.config.subspace.horizon or len(self.tasks)
@@ -73,14 +74,22 @@ class Stream:
 
     @property
     def finished(self) -> int:
-        """Number of finished tasks."""
-        return next((t for t in range(len(self.tasks)) if not self.task_folder(t + 1).is_dir()), len(self.tasks))
+        """Number of finished steps."""
+        return next((t for t in range(len(self.steps)) if not self.task_folder(t + 1).is_dir()), len(self.steps))
 
     def task_folder(self, t: int) -> Path:
-        """Folder of finished task t (1-based)."""
-        return self.folder / f"task_{t:02d}_{self.tasks[t - 1]}"
+        """Folder of finished step t (1-based)."""
+        return self.folder / f"task_{t:02d}_{self.steps[t - 1]}"
 
-    # -- the steps of task t (1-based), in this order; each returns at once where its work is done -------------
+    def learned_at(self, t: int) -> list[str]:
+        """Tasks that step t learns."""
+        return [self.tasks[t - 1]] if len(self.steps) == len(self.tasks) else self.tasks
+
+    def seen(self, t: int) -> list[str]:
+        """Tasks that are learned after step t, in order."""
+        return [name for k in range(1, t + 1) for name in self.learned_at(k)]
+
+    # -- the parts of step t (1-based), in this order; each returns at once where its work is done -------------
 
     def prepare(self, t: int) -> None:
         """Start branch and gate t from the new task's inputs."""
@@ -104,7 +113,8 @@ class Stream:
         started = time.perf_counter()
         model, tokenizer = self._model()
         self._trainable = model.trainable_parameters()
-        records = train_task(model, self._rows(t, "train"), self.config, t, self.tasks[t - 1], tokenizer.pad_token_id)
+        model.task = t - 1
+        records = train_task(model, self._training(t), self.config, t, self.steps[t - 1], tokenizer.pad_token_id)
         partial = self._partial(t)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -120,7 +130,7 @@ class Stream:
         seconds, self._seconds = self._seconds, {}
         started = time.perf_counter()
         model, _ = self._model()
-        update_memory(model, self._examples(t), self.config, t, self.tasks[t - 1], self.horizon)
+        update_memory(model, self._examples(t), self.config, t, self.steps[t - 1], self.horizon)
         self._holds = t
         partial = self._partial(t)
         model.save_pretrained(partial)
@@ -128,7 +138,7 @@ class Stream:
         flush(partial)
         learned = {
             "seconds": {**seconds, "update": time.perf_counter() - started},
-            "truncated": sum(self._rows(t, "train")["truncated"]),
+            "truncated": sum(self._training(t)["truncated"]),
             "trainable_parameters": self._trainable,
         }
         write_json(partial / "learned.json", learned)  # last: it says that the state above is whole
@@ -141,8 +151,8 @@ class Stream:
         started = time.perf_counter()
         partial = self._partial(t)
         scores, coefficients = {}, {}
-        for i, name in enumerate(self.tasks[:t], start=1):
-            predictions = self._predict(i, t)
+        for name in self.seen(t):
+            predictions = self._predict(name, t)
             scores[name] = sum(p.score for p in predictions) / len(predictions)
             if self.config.gated:
                 a = torch.tensor([p.coefficients for p in predictions])  # (examples, t)
@@ -152,7 +162,7 @@ class Stream:
         learned = read_json(partial / "learned.json")
         learned["seconds"]["evaluate"] = time.perf_counter() - started
         row = {
-            "task": self.tasks[t - 1],
+            "task": self.steps[t - 1],
             "index": t,
             "scores": scores,
             **_summary(R),
@@ -178,10 +188,10 @@ class Stream:
         Raises:
             GainLoRAError: tasks are still to be learned.
         """
-        T = len(self.tasks)
-        if self.finished < T:
-            raise GainLoRAError(f"{self.folder}: {self.finished} of {T} tasks are learned; run the order again.")
-        R = self.accuracy_matrix(T)
+        T, steps = len(self.tasks), len(self.steps)
+        if self.finished < steps:
+            raise GainLoRAError(f"{self.folder}: {self.finished} of {steps} tasks are learned; run the order again.")
+        R = self.accuracy_matrix(steps)
         config = self.config
         result = {
             "order": config.order.name,
@@ -189,7 +199,8 @@ class Stream:
             "model": config.model.name,
             "seed": config.seed,
             "tasks": self.tasks,
-            "R": [[round(v, 4) for v in row] + [None] * (T - len(row)) for row in R],
+            # what was learned at once has a last row only
+            "R": [[None] * T] * (T - steps) + [[round(v, 4) for v in row] + [None] * (T - len(row)) for row in R],
             **{key: None if v is None else round(v, 4) for key, v in _summary(R).items()},
         }
         write_json(self.folder / "result.json", result)
@@ -200,13 +211,13 @@ class Stream:
         rows = []
         for k in range(1, t + 1):
             scores = read_json(self.task_folder(k) / "scores.json")["scores"]
-            rows.append([scores[name] for name in self.tasks[:k]])
+            rows.append([scores[name] for name in self.seen(k)])
         return rows
 
     # -- what the steps work with ------------------------------------------------------------------------------
 
     def _partial(self, t: int) -> Path:
-        return self.folder / f".task_{t:02d}_{self.tasks[t - 1]}.partial"
+        return self.folder / f".task_{t:02d}_{self.steps[t - 1]}.partial"
 
     def _learned(self, t: int) -> bool:
         """Whether the state after task t is on disk, evaluated or not."""
@@ -222,15 +233,15 @@ class Stream:
             return self._loaded
         config = self.config
         self._loaded = None  # never two bases in memory
-        base, tokenizer = load_base(resolve_model(config.model.name, self.root), self.dtype)
+        base, tokenizer = load_base(resolve_model(config.model.location, self.root), self.dtype)
         base.to(pick_device())
         if k == 0:
             adapter = GainLoRAConfig(
-                base_model=config.model.name,
+                base_model=config.model.location,
                 rank=config.lora.rank,
                 alpha=config.lora.alpha,
                 targets=config.lora.targets,
-                gated=config.gated,
+                integration="gated" if config.gated else "single" if config.rule.task_known else "equal",
                 gate_hidden=config.gate.hidden,
                 gate_depth=config.gate.depth,
                 gate_score=config.gate.score,
@@ -260,25 +271,34 @@ class Stream:
                 )
         return {task.name: task for task in tasks}
 
-    def _rows(self, t: int, split: str) -> Any:
+    def _rows(self, name: str, split: str) -> Any:
+        """One task's tokenized examples."""
         model, tokenizer = self._model()
-        task = self._data[self.tasks[t - 1]]
         cache_folder = self.root / ".cache" / "tokenized"
-        return tokenize(task, cast(Any, split), tokenizer, self.config.data, model.encoder_decoder, cache_folder)
+        return tokenize(
+            self._data[name], cast(Any, split), tokenizer, self.config.data, model.encoder_decoder, cache_folder
+        )
+
+    def _training(self, t: int) -> Any:
+        """The examples that step t trains on."""
+        from datasets import concatenate_datasets
+
+        parts = [self._rows(name, "train") for name in self.learned_at(t)]
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
     def _examples(self, t: int) -> Examples:
         model, tokenizer = self._model()
-        return Examples(self._rows(t, "train"), model, self.config, tokenizer.pad_token_id)
+        return Examples(self._training(t), model, self.config, tokenizer.pad_token_id)
 
-    def _predict(self, i: int, t: int) -> list[Prediction]:
-        """Answers on task i's test examples after task t."""
+    def _predict(self, name: str, t: int) -> list[Prediction]:
+        """Answers on a task's test examples after step t."""
         model, tokenizer = self._model_after(t)
-        name = self.tasks[i - 1]
+        model.task = self.tasks.index(name)
         longest = self.config.data.max_target_tokens
         if self.config.order.metric == "exact_match":  # answers are labels: none is longer than in training
-            longest = max(len(ids) for ids in self._rows(i, "train")["target_ids"])
+            longest = max(len(ids) for ids in self._rows(name, "train")["target_ids"])
         return evaluate_task(
-            model, tokenizer, self._rows(i, "test"), self.config.order.metric, longest, self.config, name
+            model, tokenizer, self._rows(name, "test"), self.config.order.metric, longest, self.config, name
         )
 
 

@@ -46,13 +46,15 @@ def train_task(
 ) -> list[dict[str, float]]:
     """Train the started branch (and gate) on one task.
 
-    The loss is the mean over all target tokens of a batch, however it is split into micro-batches.
+    The loss is the mean over all target tokens of a batch, however it is split into micro-batches, plus the rule's
+    penalty.
 
     Args:
         rows: tokenized training examples (`gainlora.data.batches.tokenize`).
         task: 1-based index.
     Returns:
-        One record per optimizer step: step, loss, learning_rate, examples, seconds.
+        One record per optimizer step: step, loss (without the penalty), penalty (weighted; of rules that have one),
+        learning_rate, examples, seconds.
 
     Raises:
         GainLoRAError: the loss is not finite.
@@ -73,6 +75,8 @@ def train_task(
     if settings.gradient_checkpointing:
         # the reentrant kind loses the coefficients' gradient
         model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weight = config.rule.penalty_weight if settings.penalty_weight is None else settings.penalty_weight
+    penalties = [p for layer in model.layers.values() if (p := config.rule.penalty(layer)) is not None]
     wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     torch.manual_seed(derive_seed(config.seed, task, "train"))  # the base's own dropout, where it has any
     wrapped.train()
@@ -90,10 +94,15 @@ def train_task(
             part = target_loss(wrapped, tensors, model.encoder_decoder) / tokens
             accelerator.backward(part)
             loss += part.item()
-        if not math.isfinite(loss):
+        extra = {}
+        if penalties:
+            penalty = weight * torch.stack([p() for p in penalties]).sum()
+            accelerator.backward(penalty)
+            extra["penalty"] = penalty.item()
+        if not math.isfinite(loss + sum(extra.values())):
             raise GainLoRAError(
-                f"task {name}, step {step}: the loss is {loss}; lower train.learning_rate, "
-                "or set model.dtype to float32."
+                f"task {name}, step {step}: the loss is {loss}{''.join(f', the penalty {v}' for v in extra.values())}; "
+                "lower train.learning_rate, or set model.dtype to float32."
             )
         if settings.max_grad_norm is not None:
             accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -102,9 +111,8 @@ def train_task(
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        records.append(
-            {"step": step, "loss": loss, "learning_rate": rate, "examples": len(batch), "seconds": round(seconds, 4)}
-        )
+        record = {"step": step, "loss": loss, **extra, "learning_rate": rate, "examples": len(batch)}
+        records.append({**record, "seconds": round(seconds, 4)})
     wrapped.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:

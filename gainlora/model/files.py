@@ -4,6 +4,7 @@ adapter_config.json         GainLoRAConfig
 adapter_model.safetensors   <layer>.lora_A (T, r, d_in), <layer>.lora_B (T, d_out, r)
 gate.safetensors            hidden.<l> (T, d_l, d_{l-1}), key (T, d); gated integration only
 subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b, k)
+rule.safetensors            <layer>:<name>: what the branch rule keeps from task to task; where it keeps anything
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from gainlora.model.gate import GateWeights
 if TYPE_CHECKING:
     from gainlora.model.gainlora_model import GainLoRAModel
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors")
-
 
 def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     """Write the frozen branches, gates and bases of `model` into `folder`."""
@@ -45,6 +44,9 @@ def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     for group, basis in model.layer_memory.items():
         bases.update({f"layer.{group}.{block}": u for block, u in enumerate(basis)})
     _save(bases, folder / "subspace.safetensors")
+    kept = {f"{name}:{key}": t for name, layer in model.layers.items() for key, t in layer.memory.items()}
+    if kept:
+        _save(kept, folder / "rule.safetensors")
 
 
 def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) -> GainLoRAModel:
@@ -84,6 +86,10 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
         group: tuple(bases[f"layer.{group}.{block}"].to(model.device) for block in range(len(basis)))
         for group, basis in model.layer_memory.items()
     }
+    if (folder / "rule.safetensors").exists():
+        for key, tensor in _load(folder / "rule.safetensors").items():
+            name, _, kept = key.rpartition(":")
+            model.layers[name].memory[kept] = tensor.to(model.device)
     return model
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from gainlora.errors import GainLoRAError
 from gainlora.model.base import Inputs, find_targets, trace_inputs
 from gainlora.model.gate import Gate, GateWeights, Score, widths
 from gainlora.model.layers import GatedLoRALinear, Integration
@@ -33,8 +34,8 @@ class GainLoRAConfig:
     alpha: float
     targets: tuple[str, ...] | None = None
     """Last parts of the adapted layers' names; None: query and value projections."""
-    gated: bool = True
-    """Gated integration, or equal (all coefficients 1)."""
+    integration: Literal["gated", "equal", "single"] = "gated"
+    """Coefficients: of the gates; all 1; 1 for the branch of `GainLoRAModel.task` alone."""
     gate_hidden: int = 50
     gate_depth: int = 2
     gate_score: Score = "cosine"
@@ -43,6 +44,11 @@ class GainLoRAConfig:
     """Tasks learned so far, in order."""
     horizon: int = 1
     """H of the threshold schedule that the bases were built with."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are gates."""
+        return self.integration == "gated"
 
 
 class GainLoRAModel(nn.Module):
@@ -57,7 +63,7 @@ class GainLoRAModel(nn.Module):
         super().__init__()
         base.requires_grad_(False)
         self.config = config
-        self.integration = Integration(config.gated)
+        self.integration = Integration(config.integration != "equal")
         targets = find_targets(base, config.targets)
         self.inputs: dict[str, Inputs] = trace_inputs(base, targets)
         self.layers: dict[str, GatedLoRALinear] = {}  # name in the base -> the layer that took its place
@@ -73,6 +79,7 @@ class GainLoRAModel(nn.Module):
         self.encoder_decoder: bool = base.config.is_encoder_decoder
         self.gate: Gate | None = None  # the gate being learned
         self.gates: GateWeights | None = None  # frozen gates of learned tasks
+        self.task: int | None = None  # integration `single`: 0-based index of the only branch that counts
         shape = widths(self.width, config.gate_hidden, config.gate_depth)
         # M_1..M_{L+1}: what each gate layer saw on learned tasks; M_{L+1} is the key's
         self.gate_memory: list[Tensor] = [torch.zeros(d, 0, device=self.device) for d in shape]
@@ -142,9 +149,18 @@ class GainLoRAModel(nn.Module):
 
         Args:
             input_ids: (B, S). attention_mask: (B, S), 1 on the prompt's real tokens.
+
+        Raises:
+            GainLoRAError: integration `single`, and `task` does not name a branch.
         """
-        if not self.config.gated or not self.branches:
+        if self.config.integration == "equal" or not self.branches:
             return None
+        if self.config.integration == "single":
+            if self.task is None or not 0 <= self.task < self.branches:
+                raise GainLoRAError(f"model.task: {self.task}: name one of the {self.branches} branches, from 0.")
+            chosen = torch.zeros(len(input_ids), self.branches, device=self.device)
+            chosen[:, self.task] = 1
+            return chosen
         pooled = self.pool(input_ids, attention_mask)
         parts = []
         if self.gates is not None:

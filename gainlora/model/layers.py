@@ -30,11 +30,11 @@ class Integration:
     """The current batch's coefficients a (B, T), one object shared by all layers of a model.
 
     Args:
-        gated: whether there are coefficients; else integration is equal, a_i = 1.
+        weighted: whether there are coefficients; else integration is equal, a_i = 1.
     """
 
-    def __init__(self, gated: bool) -> None:
-        self.gated = gated
+    def __init__(self, weighted: bool) -> None:
+        self.weighted = weighted
         self.coefficients: Tensor | None = None
 
     def columns(self, batch: int, rank: int, scaling: float) -> Tensor | None:
@@ -43,7 +43,7 @@ class Integration:
         Raises:
             GainLoRAError: there are no coefficients for this batch.
         """
-        if not self.gated:
+        if not self.weighted:
             return None
         a = self.coefficients
         if a is None:
@@ -117,10 +117,12 @@ class GatedLoRALinear(nn.Module):
         self.B = torch.zeros(base.out_features, 0, device=base.weight.device)
         self.new_A: nn.Parameter | None = None
         self.new_B: nn.Parameter | None = None
+        self.memory: dict[str, Tensor] = {}  # what the branch rule keeps from task to task
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.A, self.B = self.A.to(self.weight.device), self.B.to(self.weight.device)
+        self.memory = {name: tensor.to(self.weight.device) for name, tensor in self.memory.items()}
         return self
 
     @property
@@ -132,6 +134,12 @@ class GatedLoRALinear(nn.Module):
     def branches(self) -> int:
         """Number of branches, the one being learned included."""
         return len(self.A) // self.rank + (self.new_A is not None)
+
+    @property
+    def learning(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, d_in) and B (d_out, r) of the branch being learned."""
+        assert self.new_A is not None and self.new_B is not None
+        return self.new_A, self.new_B
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, d_in) -> (B, S, d_out)."""
@@ -156,8 +164,8 @@ class GatedLoRALinear(nn.Module):
     @torch.no_grad()
     def freeze_branch(self) -> None:
         """Stack the learned branch onto the frozen ones."""
-        assert self.new_A is not None and self.new_B is not None
-        self.A, self.B = torch.cat((self.A, self.new_A)), torch.cat((self.B, self.new_B), dim=1)
+        A, B = self.learning
+        self.A, self.B = torch.cat((self.A, A)), torch.cat((self.B, B), dim=1)
         self.new_A = self.new_B = None
 
     def pop_branch(self) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
-from gainlora.config import load_config
 from gainlora.learning.stream import Stream
+from gainlora.params import load_config
 from tests.tiny import tiny_params, tiny_tokenizer
 
 TOPICS, WORDS, TASKS = 12, 5, 3

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gainlora.config import Config, from_dict, load_config, order_names
+from gainlora import rules
+from gainlora.config import Config, from_dict
 from gainlora.errors import GainLoRAError
+from gainlora.params import load_config, order_names
 
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "params.yaml"
@@ -23,12 +25,17 @@ def test_params_yaml_holds_every_option_and_nothing_else():
             assert set(raw[field.name]) == {f.name for f in dataclasses.fields(inner)}
         else:
             assert field.name in raw
-    for line in PARAMS.read_text().split("orders:")[0].splitlines():  # and says what each one does
+    for line in PARAMS.read_text().split("\nmodels:")[0].splitlines():  # and says what each one does
         if line.startswith("  ") and not line.lstrip().startswith("#"):
             documented = "#" in line or line.split(":")[0].strip() in {
                 "rank", "learning_rate", "epochs", "weight_decay", "gradient_checkpointing", "batch_size", "num_beams",
             }  # fmt: skip
             assert documented, line
+    models = PARAMS.read_text().split("\nmodels:")[1].split("\norders:")[0]
+    for line in models.splitlines():  # each value says where it comes from
+        key, _, value = line.partition(":")
+        if value.strip(" &") and "&" not in value.split("#")[0] and key.strip() != "model.source":
+            assert "[P]" in line or "[O]" in line, line
 
 
 def test_every_order_loads_and_round_trips():
@@ -36,22 +43,80 @@ def test_every_order_loads_and_round_trips():
     for order in order_names(PARAMS):
         config = load_config(order, PARAMS)
         assert from_dict(config.to_dict()) == config
-    assert load_config("order1", PARAMS).model.name == "google-t5/t5-large"
-    assert load_config("order3", PARAMS).lora.rank == 8
 
 
-def test_overrides_win_and_change_the_digest():
-    plain = load_config("order1", PARAMS)
+def test_overrides_win():
     changed = load_config("order1", PARAMS, {"train.learning_rate": 5e-4, "method": "seqlora"})
-    assert (changed.train.learning_rate, changed.rule, changed.gated) == (5e-4, "seqlora", False)
-    assert changed.digest() != plain.digest()
+    assert (changed.train.learning_rate, changed.method, changed.gated) == (5e-4, "seqlora", False)
+    assert load_config("order1", PARAMS).train.learning_rate == 3e-4
+
+
+# model, order: rank, epochs, learning rate, batch, alpha, gate width, prompt tokens, dtype, blocks
+PUBLISHED = [
+    ("t5-large", "order1", 4, 100, 3e-4, 32, 32, 100, 512, "float32", 1),
+    ("t5-large", "order3", 8, 10, 3e-4, 32, 32, 100, 512, "float32", 1),
+    ("t5-xl", "order2", 4, 100, 3e-4, 32, 32, 100, 512, "float32", 1),
+    ("llama-2-7b", "order1", 4, 50, 5e-5, 32, 32, 50, 1024, "bfloat16", 4),
+    ("llama-2-13b", "order2", 4, 50, 5e-5, 32, 32, 50, 1024, "bfloat16", 4),
+    ("llama-3-8b", "order1", 4, 50, 5e-5, 32, 32, 50, 1024, "bfloat16", 4),
+]
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: "-".join(p[:2]))
+def test_a_model_brings_its_hyperparameters(published):
+    model, order, *expected = published
+    c = load_config(order, PARAMS, {"model.name": model})
+    found = [c.lora.rank, c.train.epochs, c.train.learning_rate, c.train.batch_size, c.lora.alpha, c.gate.hidden]
+    assert [*found, c.data.max_prompt_tokens, c.model.dtype, c.subspace.covariance_blocks] == expected
+    assert (c.subspace.threshold, c.subspace.gate_threshold, c.data.max_target_tokens) == (0.995, 0.995, 50)
+    assert c.data.train_limit is c.data.test_limit is c.subspace.max_examples is None  # complete, whatever the model
+    assert c.model.name == model and c.model.location.split("/")[0] in ("google-t5", "google", "meta-llama")
+
+
+def test_models_overlay_only_what_they_name():
+    assert load_config("order1", PARAMS).model.name == "t5-large"
+    small = load_config("order1", PARAMS, {"model.name": "smollm2-135m"})
+    assert (small.lora.rank, small.train.learning_rate, small.model.location) == (8, 1e-3, "smollm2-135m")
+    mine = load_config("order1", PARAMS, {"model.name": "someone/else", "lora.rank": 3})
+    assert (mine.model.location, mine.lora.rank) == ("someone/else", 3)
+    assert load_config("order1", PARAMS, {"lora.rank": 3}).lora.rank == 3  # overrides win over models
+
+
+def test_the_papers_orders():
+    tasks = [set(load_config(f"order{k}", PARAMS).order.tasks) for k in (1, 2, 3, 4)]
+    assert tasks[0] == tasks[1] and tasks[2] == tasks[3] and all(len(names) == 15 for names in tasks)
+    published = Path(__file__).parents[3] / "shared" / "paper" / "orders.yaml"
+    if published.exists():
+        orders = yaml.safe_load(published.read_text())["orders"]
+        for k in (1, 2, 3, 4):
+            assert list(load_config(f"order{k}", PARAMS).order.tasks) == orders[f"order{k}"]["tasks"]
+
+
+def test_an_order_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    entry = {"data": "d", "template": "superni", "metric": "rouge_l", "tasks": ["b", "a"]}
+    mine.write_text(yaml.safe_dump({**entry, "settings": {"train.epochs": 3}}))
+    config = load_config(str(mine), PARAMS)
+    assert (config.order.name, config.order.tasks, config.train.epochs) == ("mine", ("b", "a"), 3)
+    mine.write_text(yaml.safe_dump(["a", "b"]))
+    with pytest.raises(GainLoRAError, match=r"mine\.yaml: holds list"):
+        load_config(str(mine), PARAMS)
+
+
+def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
+    found = set(rules.names())
+    assert {"seqlora", "inclora", "olora", "inflora", "clora", "ewc", "slao", "nlora", "single", "multitask"} <= found
+    gated = {m.removeprefix("gainlora-") for m in rules.methods() if m.startswith("gainlora-")}
+    assert found - gated == {"seqlora", "ewc", "slao", "single", "multitask"}
+    for method in rules.methods():
+        assert load_config("embedded", PARAMS, {"method": method}).rule is rules.get(method)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from seqlora"),
-        ({"method": "gainlora-seqlora"}, "one branch for all tasks"),
+        ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
+        ({"method": "gainlora-seqlora"}, "'seqlora' has no branches of single tasks"),
         ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
         ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
         ({"method.x": 1}, "'method' holds a value"),
@@ -60,6 +125,7 @@ def test_overrides_win_and_change_the_digest():
         ({"order.name": "../x"}, "'../x' is no name of an order or task"),
         ({"order.data": ""}, "order.data: empty"),
         ({"train.weight_decay": float("inf")}, "train.weight_decay: inf must be finite"),
+        ({"train.penalty_weight": -1}, "train.penalty_weight: -1.0 must be finite and not negative"),
         ({"seed": "x"}, "seed: got 'x', expected a whole number"),
         ({"seed": -1}, "seed: -1 is too small"),
         ({"seed": True}, "seed: got True"),
@@ -103,6 +169,9 @@ def test_bad_files_are_refused(tmp_path):
         ("report: {dpi: 0}\norders: {embedded: {}}", "report.dpi: 0 is out of range"),
         ("tracking: x\norders: {embedded: {}}", "tracking: got 'x'"),
         ("orders: {1: {}}", "no order 'embedded'; known: 1"),
+        ("models: [x]\norders: {embedded: {}}", "models: got \\['x'\\]"),
+        ("model: {name: m}\nmodels: {m: 3}\norders: {embedded: {}}", "models.m: expected options"),
+        ("model: {name: m}\nmodels: {m: {superni: 3}}\norders: {embedded: {}}", "models.m: expected options"),
     ):
         path.write_text(text)
         with pytest.raises(GainLoRAError, match=message):

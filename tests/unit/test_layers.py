@@ -95,7 +95,7 @@ def test_one_branch_with_coefficient_1_equals_peft(make, targets):
     theirs = peft.get_peft_model(
         make(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     )
-    ours = GainLoRAModel(make(), GainLoRAConfig("tiny", rank=4, alpha=8, gated=False))
+    ours = GainLoRAModel(make(), GainLoRAConfig("tiny", rank=4, alpha=8, integration="equal"))
     weights = dict(theirs.named_parameters())
     branch = {
         name: tuple(weights[f"base_model.model.{name}.lora_{m}.default.weight"] for m in "AB") for name in ours.layers

@@ -17,7 +17,10 @@ MAKERS = {"llama": tiny_llama, "t5": tiny_t5}
 
 def make(kind: str, branches: int = 2, gated: bool = True, learning: bool = False, base=None) -> GainLoRAModel:
     """A model with random branches and gates; the last one still learning if asked."""
-    model = GainLoRAModel(base or MAKERS[kind](), GainLoRAConfig("tiny", rank=2, alpha=4, gated=gated, gate_hidden=6))
+    model = GainLoRAModel(
+        base or MAKERS[kind](),
+        GainLoRAConfig("tiny", rank=2, alpha=4, integration="gated" if gated else "equal", gate_hidden=6),
+    )
     g = torch.Generator().manual_seed(5)
     for t in range(branches):
         gate = None
@@ -64,7 +67,7 @@ def test_unknown_targets_are_refused_with_what_there_is():
         find_targets(tiny_llama(), ["query"])
     with pytest.raises(GainLoRAError, match=r"lora\.targets: lm_head"):
         find_targets(tiny_llama(), ["lm_head"])
-    model = GainLoRAModel(tiny_t5(), GainLoRAConfig("tiny", rank=2, alpha=4, targets=("q", "wo"), gated=False))
+    model = GainLoRAModel(tiny_t5(), GainLoRAConfig("tiny", rank=2, alpha=4, targets=("q", "wo"), integration="equal"))
     model(**collate(rows(5), 0, True, targets=True))  # T5 reads wo.weight
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gainlora.config import load_config
+from gainlora import rules
 from gainlora.errors import GainLoRAError
 from gainlora.learning import stream as stream_module
 from gainlora.learning.stream import Stream
 from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.params import load_config
 from tests.tiny import tiny_llama, tiny_params, tiny_t5
 
 
@@ -27,7 +28,7 @@ def project(root: Path, kind: str = "llama", **options) -> Path:
 def learn(root: Path, **overrides) -> Stream:
     options = {name.replace("__", "."): value for name, value in overrides.items()}
     stream = Stream.create(load_config("tiny", root / "params.yaml", options), root)
-    for t in range(1, len(stream.tasks) + 1):
+    for t in range(1, len(stream.steps) + 1):
         stream.prepare(t)
         stream.train(t)
         stream.update(t)
@@ -41,7 +42,7 @@ def root(request, tmp_path_factory):
     return project(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.mark.parametrize("method", ["seqlora", "inclora", "inflora", "gainlora-inclora", "gainlora-inflora"])
+@pytest.mark.parametrize("method", [m for m in rules.methods() if m != "multitask"])
 def test_a_stream_of_three_tasks(root, method):
     stream = learn(root, method=method)
     result = stream.result()
@@ -52,7 +53,7 @@ def test_a_stream_of_three_tasks(root, method):
     branches = [load_file(f / "adapter_model.safetensors") for f in folders]
     name = next(n for n in branches[0] if n.endswith("lora_A"))
     B = name.replace("lora_A", "lora_B")
-    if method == "seqlora":
+    if rules.get(method).shared:
         assert [len(b[name]) for b in branches] == [1, 1, 1]
         assert not torch.equal(branches[0][B], branches[2][B])
     else:
@@ -116,7 +117,7 @@ def test_a_stopped_run_continues_to_the_same_end(tmp_path_factory, whole, stop):
     task, last = stop
     code = (
         "import sys, os; from pathlib import Path\n"
-        "from gainlora.config import load_config; from gainlora.learning.stream import Stream\n"
+        "from gainlora.params import load_config; from gainlora.learning.stream import Stream\n"
         "root = Path(sys.argv[1])\n"
         "s = Stream.create(load_config('tiny', root / 'params.yaml'), root)\n"
         "for t in range(1, 4):\n"

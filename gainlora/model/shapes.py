@@ -1,0 +1,165 @@
+"""Published architectures without their weights, and what a method trains of them for one new task.
+
+    branch   every adapted layer (d_in -> d_out):  A (r, d_in), if the rule trains it, and B (d_out, r)
+    gate     d -> hidden -> .. -> hidden -> d, no biases, and the key (d,)
+
+The models are built on torch's meta device: real modules and shapes, no memory, no network. Only what decides a
+shape is set. A d below is the width of the token embeddings.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gainlora.errors import GainLoRAError
+from gainlora.model.base import find_targets
+from gainlora.model.gate import widths
+
+
+def _t5(**sizes: Any) -> Any:
+    from transformers import T5Config
+
+    return T5Config(vocab_size=32128, d_kv=64, **sizes)
+
+
+def _llama(**sizes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**sizes)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    # google-t5/t5-large: 24 + 24 layers
+    "t5-large": partial(_t5, d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
+    # google/t5-v1_1-xl, the same shapes as its LM-adapted and Flan versions. "XL" is the name of T5 1.1; the first
+    # T5's model of that size is t5-3b (d_model 1024, d_kv 128, d_ff 16384, 32 heads). The checkpoint has an output
+    # layer of its own (32128, 2048); transformers ties a model that is built from the config alone.
+    "t5-xl": partial(
+        _t5, d_model=2048, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ),
+    # meta-llama/Llama-2-7b-hf
+    "llama-2-7b": partial(
+        _llama, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    # meta-llama/Llama-2-13b-hf
+    "llama-2-13b": partial(
+        _llama, vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+        num_attention_heads=40,
+    ),
+    # meta-llama/Meta-Llama-3-8B: grouped-query attention, v is 4096 -> 1024
+    "llama-3-8b": partial(
+        _llama, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    ),
+    # HuggingFaceTB/SmolLM2-135M-Instruct: v is 576 -> 192
+    "smollm2-135m": partial(
+        _llama, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+"""Name -> its transformers config, from the config.json of the hub's model named above it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides how many parameters a method trains."""
+
+    width: int
+    """d"""
+    layers: tuple[tuple[int, int], ...]
+    """(d_in, d_out) of every adapted layer, in the model's order."""
+    encoder_decoder: bool
+
+
+def build(name: str) -> Any:
+    """A model of `MODELS` on the meta device.
+
+    Raises:
+        GainLoRAError: it is not known.
+    """
+    if name not in MODELS:
+        raise GainLoRAError(f"model: the shapes of {name!r} are not known; known are {', '.join(MODELS)}.")
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = MODELS[name]()
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def adapted(model: Any, targets: Sequence[str] | None = None) -> list[tuple[int, int]]:
+    """(d_in, d_out) of every layer of a transformers model that is adapted.
+
+    Args:
+        model: not yet wrapped in a GainLoRAModel, which replaces these layers.
+        targets: last parts of their names; None: query and value projections, cross-attention's too.
+    """
+    layers = [model.get_submodule(name) for name in find_targets(model, targets)]
+    return [(layer.in_features, layer.out_features) for layer in layers]
+
+
+def shape(model: str | nn.Module) -> Shape:
+    """The shape of a model of `MODELS`, computed once, or of a transformers model."""
+    return _published(model) if isinstance(model, str) else _shape(model)
+
+
+@cache
+def _published(name: str) -> Shape:
+    return _shape(build(name))
+
+
+def _shape(model: Any) -> Shape:
+    width = model.get_input_embeddings().weight.shape[1]
+    return Shape(width, tuple(adapted(model)), model.config.is_encoder_decoder)
+
+
+def branch_parameters(model: str | nn.Module, rank: int, train_A: bool) -> int:
+    """Trained parameters of one branch: B (d_out, r) and, if it trains, A (r, d_in) in every adapted layer.
+
+    Args:
+        model: a name of `MODELS`, or a transformers model.
+    """
+    return sum(rank * (d_out + train_A * d_in) for d_in, d_out in shape(model).layers)
+
+
+def gate_parameters(d: int, hidden: int, depth: int = 2) -> int:
+    """Trained parameters of one gate: its hidden layers, (d_l, d_{l-1}) each, and its key (d,)."""
+    return sum(d_in * d_out for d_in, d_out in itertools.pairwise(widths(d, hidden, depth))) + d
+
+
+def gate_hidden_of(model: str | nn.Module) -> int:
+    """The paper's width of a gate's hidden layers: 100 for T5, 50 for Llama."""
+    return 100 if shape(model).encoder_decoder else 50
+
+
+def trainable_parameters(
+    model: str | nn.Module, method: str, rank: int, gate_hidden: int | None = None, gate_depth: int = 2
+) -> int:
+    """What trains while task t >= 2 is learned: its branch and, with `gainlora-X`, its gate.
+
+    Args:
+        model: a name of `MODELS`, or a transformers model.
+        method: X or gainlora-X, X a branch rule.
+        gate_hidden: None: the paper's.
+
+    Raises:
+        GainLoRAError: there is no such model or method.
+    """
+    from gainlora import rules  # names and flags only
+
+    if method not in rules.methods():
+        raise GainLoRAError(f"method: {method!r} is not known; known are {', '.join(rules.methods())}.")
+    branch = branch_parameters(model, rank, rules.get(method).train_A)
+    if not method.startswith("gainlora-"):
+        return branch
+    hidden = gate_hidden_of(model) if gate_hidden is None else gate_hidden
+    return branch + gate_parameters(shape(model).width, hidden, gate_depth)

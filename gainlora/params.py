@@ -1,0 +1,152 @@
+"""params.yaml -> `Config`: the file, its orders and models, and what is laid over them.
+
+Later layers win: the sections, then the chosen order's `settings`, then the chosen model's values (those for all
+orders, then those for the order's template), then overrides: --set, --model, `prefect deployment run --param`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gainlora.config import Config
+from gainlora.errors import GainLoRAError
+from gainlora.plain import build, nearest, set_option
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where runs are recorded; decides nothing about what is learned."""
+
+    experiment: str = "gainlora"
+    """MLflow experiment."""
+    uri: str | None = None
+    """MLflow store; null: mlruns/mlflow.db in the project's folder."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How results are shown; decides nothing about what is learned."""
+
+    decimals: int = 1
+    """Of printed tables."""
+    dpi: int = 150
+    """Of figures."""
+
+    def __post_init__(self) -> None:
+        for option, value, least, most in (("decimals", self.decimals, 0, 6), ("dpi", self.dpi, 20, 1200)):
+            if not least <= value <= most:
+                raise GainLoRAError(f"report.{option}: {value} is out of range; give {least} to {most}.")
+
+
+SIDE_SECTIONS: dict[str, type] = {"tracking": TrackingConfig, "report": ReportConfig}
+"""Sections of params.yaml that no run depends on."""
+TEMPLATES = ("superni", "long_sequence")
+"""Prompt templates: a model may have values for orders of one of them."""
+
+
+def load_config(
+    order: str,
+    params: str | Path = "params.yaml",
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read one order's configuration.
+
+    Args:
+        order: a name under `orders` in the file, or a YAML file of its own with such an entry.
+        params: the YAML file.
+        overrides: dotted option -> value, laid over the file's values, e.g. {"train.learning_rate": 5e-4}.
+
+    Raises:
+        GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
+    """
+    raw = read_params(params)
+    for section in SIDE_SECTIONS:  # checked now, though what is learned does not depend on them
+        side_section(section, params)
+        raw.pop(section, None)
+    models = raw.pop("models", None) or {}
+    name, spec, where = _order(order, raw.pop("orders", None), params)
+    settings = spec.get("settings") or {} if isinstance(spec, dict) else None
+    if not isinstance(spec, dict) or not isinstance(settings, dict) or "name" in spec:
+        raise GainLoRAError(f"{where}: expected data, template, metric, tasks and perhaps settings (option: value).")
+    inside = {key: value for key, value in spec.items() if key != "settings"}
+    values: dict[str, Any] = {**raw, "order": {"name": name, **inside}}
+    overrides = overrides or {}
+    _lay(values, settings, f"{where}.settings", params)
+    model = overrides.get("model.name", (values.get("model") or {}).get("name"))
+    for source, layer in _model_layers(models, model, inside.get("template"), params):
+        _lay(values, layer, source, params)
+    _lay(values, overrides, "override", params)
+    return typing.cast(Config, build(Config, values, ""))
+
+
+def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
+    """Name, entry and place of an order of the file, or of an order's own file."""
+    path = Path(order)
+    if path.suffix in (".yaml", ".yml"):
+        return path.stem, read_params(path), str(path)
+    if not isinstance(orders, dict) or not orders:
+        raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
+    if order not in orders:
+        remedy = "; a file of your own ends in .yaml"
+        raise GainLoRAError(f"{params}: no order {order!r}{nearest(order, orders)}{remedy}.")
+    return order, orders[order], f"{params}: orders.{order}"
+
+
+def _model_layers(models: Any, name: Any, template: Any, params: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """A known model's values: for every order, then for this template; none for a model the file does not know."""
+    if not isinstance(models, dict):
+        raise GainLoRAError(f"{params}: models: got {models!r}, expected model names with options.")
+    where = f"{params}: models.{name}"
+    entry = models.get(name) or {}
+    special = {key: entry[key] or {} for key in TEMPLATES if key in entry} if isinstance(entry, dict) else None
+    if special is None or not all(isinstance(layer, dict) for layer in special.values()):
+        raise GainLoRAError(f"{where}: expected options, and under {' and '.join(TEMPLATES)} those for such orders.")
+    general = {option: value for option, value in entry.items() if option not in TEMPLATES}
+    return [(where, general), (f"{where}.{template}", special.get(str(template), {}))]
+
+
+def _lay(values: dict[str, Any], layer: Mapping[str, Any], source: str, params: str | Path) -> None:
+    for option, value in layer.items():
+        if str(option).split(".")[0] in SIDE_SECTIONS:
+            raise GainLoRAError(f"{source}: {option}: is set in {params} only, as no run depends on it.")
+        set_option(values, str(option), value, source)
+
+
+def side_section(name: str, params: str | Path = "params.yaml") -> dict[str, Any]:
+    """Section `tracking` or `report`, checked and complete.
+
+    Raises:
+        GainLoRAError: an option is unknown or wrong.
+    """
+    made = build(SIDE_SECTIONS[name], read_params(params).get(name) or {}, f"{name}.")
+    return dataclasses.asdict(made)
+
+
+def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
+    """The file's raw content.
+
+    Raises:
+        GainLoRAError: not there, not YAML, or not a mapping.
+    """
+    path = Path(params)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GainLoRAError(f"{path}: {error.strerror}; run from the project's folder, which holds it.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GainLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections.")
+    return raw
+
+
+def order_names(params: str | Path = "params.yaml") -> list[str]:
+    """Names of the orders that the file describes."""
+    return list(read_params(params).get("orders") or {})

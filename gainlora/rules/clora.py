@@ -1,0 +1,29 @@
+"""C-LoRA: a new branch is kept from changing the weights that earlier branches changed.
+
+    penalty = sum over layers of || |sum_{i<t} s B_i A_i| * s B_t A_t ||_F^2        * elementwise, s = alpha / rank
+
+Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gainlora.rules import BranchRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gainlora.model.layers import GatedLoRALinear
+
+
+class Rule(BranchRule):
+    penalty_weight = 1e4  # ours: the products are of the order of 1e-6, and squared
+
+    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+        if not len(layer.A):
+            return None
+        changed = (layer.scaling * layer.B @ layer.A).abs()  # (d_out, d_in), once a task
+        A, B = layer.learning
+        return lambda: (changed * (layer.scaling * B @ A)).square().sum()

@@ -1,0 +1,26 @@
+"""N-LoRA: sparse branches, which hardly ever change the same weight twice.
+
+    penalty = sum over layers of sum |s B_t A_t|        s = alpha / rank
+
+Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs? (COLING 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gainlora.rules import BranchRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gainlora.model.layers import GatedLoRALinear
+
+
+class Rule(BranchRule):
+    penalty_weight = 1e-5  # ours, for a sum over all entries of all layers: it has to grow as the model shrinks
+
+    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor]:
+        A, B = layer.learning
+        return lambda: layer.scaling * (B @ A).abs().sum()

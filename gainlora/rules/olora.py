@@ -1,0 +1,28 @@
+"""O-LoRA: a new branch's input directions are pushed to be orthogonal to the old branches'.
+
+    penalty = sum over layers and old branches i of sum |A_t A_i^T|
+
+Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning (EMNLP Findings 2023); not peft's OLoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from gainlora.rules import BranchRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gainlora.model.layers import GatedLoRALinear
+
+
+class Rule(BranchRule):
+    penalty_weight = 0.5  # the paper's lambda_1
+
+    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+        if not len(layer.A):
+            return None
+        A, _ = layer.learning
+        return lambda: (A @ layer.A.T).abs().sum()  # all old branches at once: (r, (t-1) r)

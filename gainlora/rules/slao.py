@@ -1,0 +1,40 @@
+"""SLAO: one merged LoRA, whatever the number of tasks.
+
+    start   A_t = Q^T, where A_{t-1}^T = Q R: orthonormal rows that span what the last fine-tuned A did;
+            B_t = B_{t-1} as it was fine-tuned
+    merge   A = A_t,  B = B + (B_t - B) / sqrt(t)  after task t; the model answers with A and B
+
+Qiao and Mahdavi, Merge before Forget: A Single LoRA Continual Learning via Continual Merging (arXiv 2512.23017).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from gainlora.rules import Branch, BranchRule, Start
+
+if TYPE_CHECKING:
+    from gainlora.model.gainlora_model import GainLoRAModel
+
+
+class Rule(BranchRule):
+    shared = True
+
+    def start(self, new: Start) -> Branch:
+        import torch
+
+        if new.last is None:
+            return super().start(new)
+        A, new.layer.memory["merged_B"] = new.last
+        return torch.linalg.qr(A.T).Q.T.contiguous(), new.layer.memory["tuned_B"]
+
+    def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
+        t = len(model.config.tasks) + 1
+        for layer in model.layers.values():
+            _, B = layer.learning
+            tuned = B.detach().clone()
+            merged = layer.memory.pop("merged_B", tuned)
+            layer.memory["tuned_B"] = tuned
+            B.data = merged + (tuned - merged) / math.sqrt(t)

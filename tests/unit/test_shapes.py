@@ -1,0 +1,108 @@
+"""Published shapes, and counts of what trains: the paper's models by hand, tiny ones against the real thing."""
+
+import pytest
+import torch
+
+from gainlora.errors import GainLoRAError
+from gainlora.model import shapes
+from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
+from tests.tiny import tiny_llama, tiny_t5
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("t5-large", 737_668_096),
+        ("t5-xl", 2_849_757_184 - 32_128 * 2048),  # the checkpoint's own output layer, tied here
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-3-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_models_have_their_published_size_and_no_weights(name, parameters):
+    built = list(shapes.build(name).parameters())
+    assert sum(p.numel() for p in built) == parameters
+    assert {p.device.type for p in built} == {"meta"}
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(GainLoRAError, match=r"'t5-huge'.* t5-large, "):
+        shapes.build("t5-huge")
+    for method in ("adalora", "gainlora-seqlora", "gainlora-gainlora-inflora"):
+        with pytest.raises(GainLoRAError, match=rf"'{method}'.* gainlora-inflora"):
+            shapes.trainable_parameters("t5-large", method, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "q", "v", "attentions"),
+    [
+        ("t5-large", 1024, 1024, 1024, 24 + 2 * 24),  # encoder; decoder's self- and cross-attention
+        ("t5-xl", 2048, 2048, 2048, 24 + 2 * 24),
+        ("llama-2-7b", 4096, 4096, 4096, 32),
+        ("llama-2-13b", 5120, 5120, 5120, 40),
+        ("llama-3-8b", 4096, 32 * 128, 8 * 128, 32),  # 8 of 32 heads have keys and values
+        ("smollm2-135m", 576, 9 * 64, 3 * 64, 30),
+    ],
+)
+def test_query_and_value_of_every_attention_are_adapted(name, width, q, v, attentions):
+    shape = shapes.shape(name)
+    assert shape.width == width and shape.encoder_decoder == name.startswith("t5")
+    assert list(shape.layers) == [(width, q), (width, v)] * attentions
+
+
+def test_other_targets_can_be_counted():
+    assert shapes.adapted(tiny_llama(), ["k_proj", "up_proj"]) == [(32, 16), (32, 48)] * 2
+
+
+def test_a_branch_of_the_papers_models():
+    """InfLoRA at rank 4 trains B alone."""
+    assert shapes.branch_parameters("t5-large", 4, train_A=False) == 144 * 1024 * 4 == 589_824
+    assert shapes.branch_parameters("t5-large", 4, train_A=True) == 2 * 589_824
+    assert shapes.branch_parameters("llama-2-7b", 4, train_A=False) == 64 * 4096 * 4 == 1_048_576
+    assert shapes.branch_parameters("llama-3-8b", 4, train_A=False) == 32 * (4096 + 1024) * 4
+    assert shapes.branch_parameters("llama-3-8b", 4, train_A=True) == 32 * (4096 + 1024 + 2 * 4096) * 4
+
+
+def test_a_gate_of_the_papers_models():
+    assert shapes.gate_hidden_of("t5-large") == shapes.gate_hidden_of("t5-xl") == 100
+    assert shapes.gate_hidden_of("llama-2-7b") == shapes.gate_hidden_of("llama-3-8b") == 50
+    assert shapes.gate_parameters(1024, 100, 2) == 1024 * 100 + 100 * 1024 + 1024 == 205_824
+    assert shapes.gate_parameters(4096, 50, 2) == 413_696
+    assert shapes.gate_parameters(8, 3, 1) == 8 * 8 + 8  # no hidden width
+    assert shapes.gate_parameters(8, 3, 4) == 8 * 3 + 3 * 3 + 3 * 3 + 3 * 8 + 8
+
+
+def test_methods_of_the_paper():
+    count = shapes.trainable_parameters
+    assert count("t5-large", "gainlora-inflora", 4) == 589_824 + 205_824 == 795_648
+    assert count("t5-large", "inflora", 4) == 589_824
+    assert count("t5-large", "gainlora-inclora", 4) == 2 * 589_824 + 205_824
+    assert count("llama-2-7b", "gainlora-inflora", 4) == 1_048_576 + 413_696 == 1_462_272
+    assert count("llama-2-7b", "gainlora-inflora", 4, gate_hidden=10, gate_depth=1) == 1_048_576 + 4096 * 4097
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_t5])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("method", ["inclora", "inflora", "gainlora-inclora", "gainlora-inflora"])
+def test_a_count_is_that_of_a_model_that_learns(make, depth, method):
+    """Of a second branch, with a frozen one before it."""
+    gated = method.startswith("gainlora-")
+    integration = "gated" if gated else "equal"
+    config = GainLoRAConfig("tiny", rank=3, alpha=6, integration=integration, gate_hidden=6, gate_depth=depth)
+    model = GainLoRAModel(make(), config)
+    generator = torch.Generator().manual_seed(0)
+    sizes = widths(model.width, 6, depth)
+    for task in ("first", "second"):
+        start = GateWeights(first_hidden(sizes, generator), torch.ones(1, model.width))
+        gate = Gate(start, [torch.zeros(d, 0) for d in sizes], "cosine") if gated else None
+        branch = {
+            name: (torch.zeros(3, layer.base.in_features), torch.zeros(layer.base.out_features, 3))
+            for name, layer in model.layers.items()
+        }
+        model.start_branch(branch, train_A=method.endswith("inclora"), gate=gate)
+        if task == "first":
+            model.freeze_branch(task)
+    count = shapes.trainable_parameters(make(), method, rank=3, gate_hidden=6, gate_depth=depth)
+    assert count == model.trainable_parameters() > 0
