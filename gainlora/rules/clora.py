@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rule(BranchRule):
-    penalty_weight = 1e4  # ours: the products are of the order of 1e-6, and squared
+    penalty_weight = 1e3  # ours: the products are of the order of 1e-6, and squared
 
     def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
         if not len(layer.A):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class Rule(BranchRule):
     shared = True
-    penalty_weight = 1e3  # ours; usual values lie between 1e2 and 1e5
+    penalty_weight = 1e4  # ours; usual values lie between 1e2 and 1e5
 
     def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
         if "fisher_A" not in layer.memory:
