@@ -102,7 +102,7 @@ class SubspaceConfig:
     covariance_blocks: int = 1
     """Keep layer covariances block-diagonal, b blocks of d/b inputs (for d of several thousand)."""
     max_examples: int | None = None
-    """Cap on the training examples of a covariance pass; null: all that are trained on."""
+    """Cap on the training examples of a pass for covariances (or EWC's Fisher); null: all that are trained on."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.method not in rules.methods():
             bare = self.method.removeprefix("gainlora-")
-            why = f"; {bare!r} has no branches of single tasks to weigh by gates" if bare in rules.names() else ""
+            why = f"; gates cannot weigh the branches of {bare!r}" if bare in rules.names() else ""
             raise GainLoRAError(f"method: {self.method!r} is unknown{why}; choose from {', '.join(rules.methods())}.")
         at_least = {
             "seed": (self.seed, 0),

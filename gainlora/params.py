@@ -1,7 +1,7 @@
 """params.yaml -> `Config`: the file, its orders and models, and what is laid over them.
 
-Later layers win: the sections, then the chosen order's `settings`, then the chosen model's values (those for all
-orders, then those for the order's template), then overrides: --set, --model, `prefect deployment run --param`.
+Later layers win: the sections, then the values of the model that is used (those for all orders, then those for the
+order's template), then the order's own `settings`, then overrides: --set, --model, `prefect deployment run --param`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def load_config(
         raise GainLoRAError(f"{where}: expected data, template, metric, tasks and perhaps settings (option: value).")
     inside = {key: value for key, value in spec.items() if key != "settings"}
     values: dict[str, Any] = {**raw, "order": {"name": name, **inside}}
-    overrides = overrides or {}
-    _lay(values, settings, f"{where}.settings", params)
-    model = overrides.get("model.name", (values.get("model") or {}).get("name"))
-    for source, layer in _model_layers(models, model, inside.get("template"), params):
+    own = {f"{where}.settings": settings, "override": overrides or {}}
+    chosen = {option: value for layer in own.values() for option, value in layer.items()}
+    base = values.get("model")
+    model = chosen.get("model.name", base.get("name") if isinstance(base, dict) else None)
+    template = chosen.get("order.template", inside.get("template"))
+    for source, layer in {**_model_layers(models, model, template, params), **own}.items():
         _lay(values, layer, source, params)
-    _lay(values, overrides, "override", params)
     return typing.cast(Config, build(Config, values, ""))
 
 
@@ -90,6 +91,10 @@ def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
     """Name, entry and place of an order of the file, or of an order's own file."""
     path = Path(order)
     if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise GainLoRAError(f"{order}: no such file; name an order of {params}, or a YAML file with one.")
+        if isinstance(orders, dict) and path.stem in orders:
+            raise GainLoRAError(f"{order}: {params} has an order {path.stem!r} already; give the file another name.")
         return path.stem, read_params(path), str(path)
     if not isinstance(orders, dict) or not orders:
         raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
@@ -99,17 +104,17 @@ def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
     return order, orders[order], f"{params}: orders.{order}"
 
 
-def _model_layers(models: Any, name: Any, template: Any, params: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """A known model's values: for every order, then for this template; none for a model the file does not know."""
+def _model_layers(models: Any, name: Any, template: Any, params: str | Path) -> dict[str, dict[str, Any]]:
+    """A known model's values by where they stand: for every order, then for this template; none for another model."""
     if not isinstance(models, dict):
         raise GainLoRAError(f"{params}: models: got {models!r}, expected model names with options.")
     where = f"{params}: models.{name}"
-    entry = models.get(name) or {}
+    entry = models.get(str(name)) or {}
     special = {key: entry[key] or {} for key in TEMPLATES if key in entry} if isinstance(entry, dict) else None
     if special is None or not all(isinstance(layer, dict) for layer in special.values()):
         raise GainLoRAError(f"{where}: expected options, and under {' and '.join(TEMPLATES)} those for such orders.")
     general = {option: value for option, value in entry.items() if option not in TEMPLATES}
-    return [(where, general), (f"{where}.{template}", special.get(str(template), {}))]
+    return {where: general, f"{where}.{template}": special.get(str(template), {})}
 
 
 def _lay(values: dict[str, Any], layer: Mapping[str, Any], source: str, params: str | Path) -> None:

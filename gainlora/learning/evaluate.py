@@ -23,7 +23,7 @@ class Prediction:
     score: float
     """0 to 100."""
     coefficients: list[float] | None
-    """a_1..a_t of the prompt; None with equal integration."""
+    """a_1..a_t of the prompt; None where all are 1."""
 
 
 def evaluate_task(

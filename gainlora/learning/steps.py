@@ -110,9 +110,11 @@ def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task
 def _gradients(model: GainLoRAModel, examples: Examples) -> Iterator[None]:
     """Example by example, the gradient of its log-likelihood in the trainable parameters' `grad`; eval mode."""
     model.eval()
-    for batch in examples.batches("gradients", single=True):
+    try:
+        for batch in examples.batches("gradients", single=True):
+            model.zero_grad(set_to_none=True)
+            target_loss(model, batch, model.encoder_decoder).backward()
+            yield
+    finally:
         model.zero_grad(set_to_none=True)
-        target_loss(model, batch, model.encoder_decoder).backward()
-        yield
-    model.zero_grad(set_to_none=True)
-    model.integration.coefficients = None
+        model.integration.coefficients = None

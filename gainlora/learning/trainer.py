@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def train_task(
         # the reentrant kind loses the coefficients' gradient
         model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weight = config.rule.penalty_weight if settings.penalty_weight is None else settings.penalty_weight
-    penalties = [p for layer in model.layers.values() if (p := config.rule.penalty(layer)) is not None]
     wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    penalties = [p for layer in model.layers.values() if (p := config.rule.penalty(layer)) is not None]
     torch.manual_seed(derive_seed(config.seed, task, "train"))  # the base's own dropout, where it has any
     wrapped.train()
     records = []
@@ -96,9 +97,7 @@ def train_task(
             loss += part.item()
         extra = {}
         if penalties:
-            penalty = weight * torch.stack([p() for p in penalties]).sum()
-            accelerator.backward(penalty)
-            extra["penalty"] = penalty.item()
+            extra["penalty"] = _add_penalties(accelerator, penalties, weight)
         if not math.isfinite(loss + sum(extra.values())):
             raise GainLoRAError(
                 f"task {name}, step {step}: the loss is {loss}{''.join(f', the penalty {v}' for v in extra.values())}; "
@@ -118,6 +117,16 @@ def train_task(
     if settings.gradient_checkpointing:
         model.base.gradient_checkpointing_disable()
     return records
+
+
+def _add_penalties(accelerator: Any, penalties: Sequence[Callable[[], Tensor]], weight: float) -> float:
+    """Add the gradient of the layers' penalties, one by one: a layer's may be as large as its weight."""
+    total = 0.0
+    for penalty in penalties:
+        part = weight * penalty()
+        accelerator.backward(part)
+        total += part.item()
+    return total
 
 
 def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:

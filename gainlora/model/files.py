@@ -25,11 +25,13 @@ from gainlora.model.gate import GateWeights
 if TYPE_CHECKING:
     from gainlora.model.gainlora_model import GainLoRAModel
 
+FORMAT = "gainlora-2"
+
 
 def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     """Write the frozen branches, gates and bases of `model` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": "gainlora-1", **dataclasses.asdict(model.config)}
+    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     r = model.config.rank
     branches = {}
@@ -103,8 +105,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise GainLoRAError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.pop("format", None) != "gainlora-1":
-        raise GainLoRAError(f"{path}: not a GainLoRA adapter (format 'gainlora-1').")
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found != FORMAT:
+        older = " of an older version; learn it again" if str(found).startswith("gainlora-") else ""
+        raise GainLoRAError(f"{path}: format {found!r}{older or ' is no GainLoRA adapter'}; this reads {FORMAT!r}.")
     return values
 
 

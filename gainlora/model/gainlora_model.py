@@ -228,7 +228,7 @@ class GainLoRAModel(nn.Module):
     # -- files ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_config.json, adapter_model.safetensors, gate.safetensors and subspace.safetensors."""
+        """Write the adapter's files (`gainlora/model/files.py` lists them)."""
         from gainlora.model.files import save_adapter
 
         save_adapter(self, Path(folder))

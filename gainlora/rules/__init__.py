@@ -73,8 +73,8 @@ class BranchRule:
         saved with the task.
 
         Args:
-            gradients: runs through the task's training examples one by one; at each, the trainable parameters' `grad`
-                is that of the example's log-likelihood.
+            gradients: runs through the task's training examples (subspace.max_examples of them) one by one; at each,
+                the trainable parameters' `grad` is that of the example's log-likelihood.
         """
 
 

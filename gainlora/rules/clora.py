@@ -2,6 +2,7 @@
 
     penalty = sum over layers of || |sum_{i<t} s B_i A_i| * s B_t A_t ||_F^2        * elementwise, s = alpha / rank
 
+The scaling s is ours, so that changes are the effective ones.
 Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA (2023).
 """
 

@@ -3,7 +3,7 @@
     penalty = 1/2 sum_j F_j (theta_j - theta*_j)^2        F = sum over old tasks of the diagonal Fisher information
 
 theta* are the parameters after the last task and F is summed over tasks. F_j is the mean over the task's training
-examples of the squared gradient of their log-likelihood (the empirical Fisher).
+examples (subspace.max_examples of them) of the squared gradient of their log-likelihood (the empirical Fisher).
 
 Kirkpatrick et al., Overcoming Catastrophic Forgetting in Neural Networks (PNAS 2017); one penalty at the last
 optimum for all old tasks: Huszar's note on it (PNAS 2018).

@@ -2,6 +2,7 @@
 
     penalty = sum over layers of sum |s B_t A_t|        s = alpha / rank
 
+The paper's penalty on the weight change of a branch; the scaling s is ours, so that the change is the effective one.
 Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs? (COLING 2025).
 """
 

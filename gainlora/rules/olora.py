@@ -2,6 +2,7 @@
 
     penalty = sum over layers and old branches i of sum |A_t A_i^T|
 
+The authors' code can also penalize the norm of the new branch (its lambda_2); that is not in the paper and not here.
 Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning (EMNLP Findings 2023); not peft's OLoRA.
 """
 

@@ -1,7 +1,7 @@
 """SLAO: one merged LoRA, whatever the number of tasks.
 
-    start   A_t = Q^T, where A_{t-1}^T = Q R: orthonormal rows that span what the last fine-tuned A did;
-            B_t = B_{t-1} as it was fine-tuned
+    start   A_t = Q^T, where A_{t-1}^T = Q R with diag(R) > 0: orthonormal rows that span what the last fine-tuned A
+            did and point the same way; B_t = B_{t-1} as it was fine-tuned
     merge   A = A_t,  B = B + (B_t - B) / sqrt(t)  after task t; the model answers with A and B
 
 Qiao and Mahdavi, Merge before Forget: A Single LoRA Continual Learning via Continual Merging (arXiv 2512.23017).
@@ -28,7 +28,9 @@ class Rule(BranchRule):
         if new.last is None:
             return super().start(new)
         A, new.layer.memory["merged_B"] = new.last
-        return torch.linalg.qr(A.T).Q.T.contiguous(), new.layer.memory["tuned_B"]
+        Q, R = torch.linalg.qr(A.T)
+        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # signs are open in LAPACK, and B goes on
+        return Q.T.contiguous(), new.layer.memory["tuned_B"]
 
     def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
         t = len(model.config.tasks) + 1

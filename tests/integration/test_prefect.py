@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gainlora import rules
 from tests.tiny import tiny_llama, tiny_params
 
 pytestmark = pytest.mark.slow
@@ -125,6 +126,24 @@ def test_dashed_name_runs_the_order_on_the_worker(served):
     assert result["tasks"] == TASKS and [len(row) for row in result["R"]] == [3, 3, 3]
     assert served.mlflow_runs()[folder.name] == ["FINISHED"]
     assert not (served.folder / "metrics" / "tiny.json").exists()  # not what params.yaml describes
+
+
+def test_the_flow_runs_with_every_method(served):
+    """In one process, as importing Prefect, MLflow and torch takes longer than learning."""
+    code = (
+        "from flows.continual import continual; from gainlora import rules\n"
+        "for method in rules.methods(): continual(order='tiny', method=method, train_limit=8, seed=7)"
+    )
+    served.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{served.port}/api"
+    try:
+        served(sys.executable, "-c", code)
+    finally:
+        del served.environment["PREFECT_API_URL"]
+    runs = served.mlflow_runs()
+    for method in rules.methods():
+        (folder,) = (served.folder / "runs").glob(f"tiny-{method}-*-7-*")
+        result = json.loads((folder / "result.json").read_text())
+        assert None not in result["R"][-1] and runs[folder.name] == ["FINISHED"]
 
 
 def test_names(served):

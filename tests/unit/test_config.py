@@ -98,6 +98,16 @@ def test_an_order_of_ones_own(tmp_path):
     mine.write_text(yaml.safe_dump({**entry, "settings": {"train.epochs": 3}}))
     config = load_config(str(mine), PARAMS)
     assert (config.order.name, config.order.tasks, config.train.epochs) == ("mine", ("b", "a"), 3)
+    large = load_config(str(mine), PARAMS, {"model.name": "t5-large"})
+    assert (large.train.epochs, large.lora.rank) == (3, 4)  # the order's own settings win over the model's
+    long = load_config(str(mine), PARAMS, {"model.name": "t5-large", "order.template": "long_sequence"})
+    assert long.lora.rank == 8
+    with pytest.raises(GainLoRAError, match=r"absent\.yaml: no such file; name an order"):
+        load_config("absent.yaml", PARAMS)
+    taken = tmp_path / "order1.yaml"
+    taken.write_text("")
+    with pytest.raises(GainLoRAError, match="has an order 'order1' already"):
+        load_config(str(taken), PARAMS)
     mine.write_text(yaml.safe_dump(["a", "b"]))
     with pytest.raises(GainLoRAError, match=r"mine\.yaml: holds list"):
         load_config(str(mine), PARAMS)
@@ -116,10 +126,11 @@ def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
     "options, message",
     [
         ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
-        ({"method": "gainlora-seqlora"}, "'seqlora' has no branches of single tasks"),
+        ({"method": "gainlora-seqlora"}, "gates cannot weigh the branches of 'seqlora'"),
         ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
         ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
         ({"method.x": 1}, "'method' holds a value"),
+        ({"model.name": ["a"]}, "model.name: got ['a'], expected text"),
         ({"train": {"epochs": 2}}, "'train' is a section; set its options one by one"),
         ({"tracking.uri": "x"}, "tracking.uri: is set in"),
         ({"order.name": "../x"}, "'../x' is no name of an order or task"),
@@ -169,6 +180,7 @@ def test_bad_files_are_refused(tmp_path):
         ("report: {dpi: 0}\norders: {embedded: {}}", "report.dpi: 0 is out of range"),
         ("tracking: x\norders: {embedded: {}}", "tracking: got 'x'"),
         ("orders: {1: {}}", "no order 'embedded'; known: 1"),
+        ("model: smollm\norders: {embedded: {data: d, template: superni, metric: rouge_l, tasks: [a]}}", "model: got"),
         ("models: [x]\norders: {embedded: {}}", "models: got \\['x'\\]"),
         ("model: {name: m}\nmodels: {m: 3}\norders: {embedded: {}}", "models.m: expected options"),
         ("model: {name: m}\nmodels: {m: {superni: 3}}\norders: {embedded: {}}", "models.m: expected options"),

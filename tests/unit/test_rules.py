@@ -120,10 +120,39 @@ def test_penalties_reach_the_training(root, method, weight, measure):
     assert min(losses(stream, 2, "penalty")) >= 0 and max(losses(stream, 2, "penalty")) > 0
 
 
-def test_the_penalty_counts_once_a_step_however_the_batch_is_split(root):
-    whole = learn(root, method="olora", train__penalty_weight=1.0)
-    split = learn(root, method="olora", train__penalty_weight=1.0, train__micro_batch_size=2)
-    assert losses(whole, 2, "penalty") == pytest.approx(losses(split, 2, "penalty"), rel=1e-3)
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_the_penalty_counts_once_a_step_with_its_weight(root, monkeypatch, micro_batch_size):
+    """The first step's gradient, less that of the same step without the penalty, is weight times the penalty's own."""
+    found = {}
+
+    def gradients(weight: float) -> list[torch.Tensor]:
+        seen = []
+
+        def step(self, closure=None):
+            seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", step)
+            patch.setattr(rules.get("nlora").__class__, "penalty", penalty)
+            options = {"train__penalty_weight": weight, "train__micro_batch_size": micro_batch_size}
+            learn(root, method="nlora", train__max_grad_norm=None, **options)
+        return seen[0]
+
+    def penalty(self, layer):
+        A, _ = layer.learning
+        found.setdefault("layers", set()).add(A.shape)
+        return lambda: A.square().sum() / 2  # its gradient is A
+
+    plain, weighed = gradients(0.0), gradients(3.0)
+    starts = [p for p in weighed if p.shape in found["layers"]]
+    assert starts
+    torch.manual_seed(0)
+    differences = [w - p for p, w in zip(plain, weighed, strict=True)]
+    for difference in differences:
+        if difference.shape in found["layers"]:  # 3 A, and |A| is at most 1 / sqrt(d_in)
+            assert 1 < difference.abs().max() * difference.shape[1] ** 0.5 <= 3.001
+        else:
+            assert difference.abs().max() < 1e-5
 
 
 def test_ewc_keeps_the_mean_squared_gradient_of_every_example(root, monkeypatch):
@@ -210,6 +239,7 @@ def test_slao_merges_into_one_branch_of_constant_size(root):
             first_A, first_B = started[t][n]
             torch.testing.assert_close(first_A @ first_A.T, torch.eye(2), atol=1e-5, rtol=0)
             torch.testing.assert_close(A[t - 2] - A[t - 2] @ first_A.T @ first_A, 0 * A[t - 2], atol=1e-5, rtol=0)
+            assert ((A[t - 2] @ first_A.T).diagonal() > 0).all()  # the same way: B goes on from where it was
             torch.testing.assert_close(first_B, tuned[t - 2])
 
 
@@ -236,6 +266,10 @@ def test_single_is_never_disturbed_and_needs_the_task(root):
     for i in range(3):
         assert R[i][i] == R[2][i]
     assert stream.result()["FT"] == 0
+    adapter = branches(stream, 3)
+    for t in range(3):  # each was trained, on its own task
+        assert max(float(adapter[f"{n}.lora_B"][t].abs().max()) for n in layer_names(adapter)) > 0.01
+        assert sum(losses(stream, t + 1)[-3:]) < sum(losses(stream, t + 1)[:3])
     inputs = torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.long)
     model = GainLoRAModel.from_pretrained(stream.task_folder(3), tiny_llama())
     alone = GainLoRAModel.from_pretrained(stream.task_folder(1), tiny_llama())
