@@ -57,10 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(compare)
     compare.set_defaults(command=_compare)
 
-    report = commands.add_parser("report", help="tables and figures of runs as one HTML page")
-    report.add_argument("runs", nargs="*", type=Path, help="run folders; none: all under runs/")
+    report = commands.add_parser("report", help="tables and figures of runs: index.html, report.md, figures/")
+    report.add_argument("runs", nargs="*", type=Path, help="run folders and result files; none: all runs in MLflow")
     report.add_argument("--out", type=Path, default=Path("report"), help="folder of the page (default: report)")
     report.set_defaults(command=_report)
+
+    results = commands.add_parser("results", help="finished runs as small JSON files, to keep in version control")
+    results.add_argument("runs", nargs="+", type=Path, help="run folders")
+    results.add_argument("--out", type=Path, default=Path("results"), help="folder of the files (default: results)")
+    results.add_argument("--label", default="", help="names what differs from the plain method, e.g. no-init")
+    results.set_defaults(command=_results)
     return parser
 
 
@@ -113,9 +119,9 @@ def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any
 
 def _check(config: Config) -> None:
     """Refuse what cannot run before a server starts: data, model, MLflow's address, folders to write to."""
-    from gainlora.params import side_section
     from gainlora.data.sources import resolve_model
     from gainlora.data.tasks import load_order
+    from gainlora.params import side_section
     from gainlora.tracking.mlflow import tracking_uri
 
     load_order(config.order, config.data)
@@ -166,17 +172,29 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from gainlora.params import side_section
-    from gainlora.tracking.folder import read_run
     from gainlora.tracking.report import write_report
+    from gainlora.tracking.results import read_any
 
-    runs = list(options.runs)
-    for folder in [] if runs else sorted(path.parent for path in Path("runs").glob("*/config.json")):
-        try:
-            read_run(folder)
-            runs.append(folder)
-        except GainLoRAError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    print(write_report(runs, options.out, side_section("report")))
+    section = side_section("report")
+    if options.runs:
+        print(write_report([read_any(path) for path in options.runs], options.out, section)[0])
+        return 0
+    from gainlora.tracking.mlflow_runs import log_report, tracked_runs
+
+    tracking = side_section("tracking")
+    with tracked_runs(tracking) as runs:
+        files = write_report(runs, options.out, section)
+    log_report(files, tracking)
+    print(files[0])
+    return 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    from gainlora.tracking.folder import read_run
+    from gainlora.tracking.results import export
+
+    for run in [read_run(folder) for folder in options.runs]:
+        print(export(run, options.out, options.label))
     return 0
 
 

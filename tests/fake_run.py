@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,45 @@ def write_run(
     order: str = "embedded",
     examples: int = 20,
     steps: int = 12,
-    weights: int = 64,
+    at_once: bool = False,
+    code: str = "c0de",
+    model: str = "smollm2-135m",
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write runs/<run_id> with one finished task per row of R (row t: t scores). Returns the folder.
+    """Write runs/<run_id> with one finished step per row of R (row t: t scores). Returns the folder.
 
     Args:
-        examples: test examples per task. steps: optimizer steps per task. weights: bytes of a safetensors file.
+        examples: test examples per task. steps: optimizer steps per task.
+        at_once: all tasks are learned in one step, "all_tasks"; R has one row of T scores, or none.
+        code: start of the learning code's digest.
+        options: dotted option -> value, laid over the defaults; nothing is checked.
     """
-    config = Config(OrderConfig(order, f"data/{order}", "long_sequence", "exact_match", tuple(tasks)), method, seed)
-    folder = root / "runs" / f"{order}-{method}-smollm2-135m-{seed}-{config.digest()[:8]}"
+    order_config = OrderConfig(order, f"data/{order}", "long_sequence", "exact_match", tuple(tasks))
+    config = Config(order_config, "seqlora", seed).to_dict() | {"method": method}
+    for option, value in {"model.name": model, **(options or {})}.items():
+        section, name = option.split(".")
+        config[section][name] = value
+    digest = hashlib.sha256(json.dumps([config, code], sort_keys=True).encode()).hexdigest()[:8]
+    folder = root / "runs" / f"{order}-{method}-{model}-{seed}-{digest}"
     folder.mkdir(parents=True)
-    named = {"order": order, "method": method, "model": "smollm2-135m", "seed": seed}
-    described = {"run_id": folder.name, **named, "tasks": list(tasks), "skipped": [], "config": config.to_dict()}
-    described |= {"dtype": "bfloat16", "device": "cpu", "versions": {"torch": "2.13.0"}, "code": "c0de" * 16}
+    named = {"order": order, "method": method, "model": model, "seed": seed}
+    names = ["all_tasks"] if at_once else list(tasks)
+    described = {"run_id": folder.name, **named, "tasks": list(tasks), "steps": names, "skipped": [], "config": config}
+    described |= {"dtype": "bfloat16", "device": "cpu", "versions": {"torch": "2.13.0"}, "code": code + "0" * 60}
     _write(folder / "config.json", described)
     _write(folder / "data.json", {name: _data(order, name, examples) for name in tasks})
     for t in range(1, len(R) + 1):
-        _write_task(folder, tasks, [row[: len(tasks)] for row in R[:t]], config.gated, examples, steps, weights)
-    if len(R) == len(tasks):
-        _write(folder / "result.json", {**named, "tasks": list(tasks), "R": _padded(R), **measures(R)})
+        _write_task(folder, names, tasks, R[:t], examples, steps)
+    if len(R) == len(names):
+        rows = [[None] * len(tasks)] * (len(tasks) - len(R)) + _padded(R, len(tasks))
+        _write(folder / "result.json", {**named, "tasks": list(tasks), "R": rows, **measures(R)})
     return folder
 
 
 def measures(R: Sequence[Sequence[float]]) -> dict[str, float | None]:
     """AP, FT and BWT after the last row of R."""
     T = len(R)
-    AP = sum(R[-1]) / T
+    AP = sum(R[-1]) / len(R[-1])
     if T == 1:
         return {"AP": AP, "FT": None, "BWT": None}
     FT = sum(max(R[t][i] for t in range(i, T)) - R[-1][i] for i in range(T - 1)) / (T - 1)
@@ -60,16 +73,24 @@ def mean_coefficients(t: int, i: int) -> list[float]:
     return [0.9 if b == i else round(0.08 + 0.05 * abs(b - i), 2) for b in range(1, t + 1)]
 
 
+def stored(t: int, gated: bool) -> dict[str, int]:
+    """Parameters that a fake run keeps after task t."""
+    return {"adapter": 600 * t, **({"gate": 70 * t} if gated else {}), "subspace": 12}
+
+
 def _write_task(
-    run: Path, tasks: Sequence[str], R: Sequence[Sequence[float]], gated: bool, examples: int, steps: int, weights: int
+    run: Path, names: Sequence[str], tasks: Sequence[str], R: Sequence[Sequence[float]], examples: int, steps: int
 ) -> None:
     t = len(R)
-    seen = tasks[:t]
-    folder = run / f"task_{t:02d}_{tasks[t - 1]}"
+    seen = tasks[: len(R[-1])]
+    gated = "gainlora-" in run.name
+    folder = run / f"task_{t:02d}_{names[t - 1]}"
     (folder / "predictions").mkdir(parents=True)
     rng = random.Random(t)
-    for name in ("adapter_model", "subspace", *(["gate"] if gated else [])):
-        (folder / f"{name}.safetensors").write_bytes(bytes(weights))
+    for kind, count in stored(t, gated).items():
+        name = "adapter_model" if kind == "adapter" else kind
+        header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": [count], "data_offsets": [0, 0]}})
+        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
     _write(folder / "adapter_config.json", {"r": 8})
     train = [
         {"step": n, "loss": 2.0 / n + rng.random() / 9, "learning_rate": 1e-3, "examples": 8, "seconds": 0.5}
@@ -87,7 +108,7 @@ def _write_task(
         _write_lines(folder / "predictions" / f"{name}.jsonl", rows)
     seconds = {"prepare": 1.0, "train": 6.0, "update": 0.5, "evaluate": 2.5}
     counts = {"truncated": 1, "trainable_parameters": 460_800}
-    scores = {"task": tasks[t - 1], "index": t, "scores": dict(zip(seen, R[-1], strict=True))}
+    scores = {"task": names[t - 1], "index": t, "scores": dict(zip(seen, R[-1], strict=True))}
     _write(folder / "scores.json", {**scores, **measures(R), "seconds": seconds, **counts})
     if gated:
         means = {name: mean_coefficients(t, i) for i, name in enumerate(seen, start=1)}
@@ -107,8 +128,8 @@ def _data(order: str, name: str, examples: int) -> dict[str, Any]:
     return {"path": f"data/{order}/{name}", "dvc": digest, "sha256": sha256, "train": 96, "test": examples}
 
 
-def _padded(R: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    return [[*row, *[None] * (len(R) - len(row))] for row in R]
+def _padded(R: Sequence[Sequence[float]], width: int) -> list[list[float | None]]:
+    return [[*row, *[None] * (width - len(row))] for row in R]
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,15 +1,16 @@
-"""A run folder, read: what MLflow, the report and the tables are made of.
+"""Runs, read from their folders: what MLflow, the report and the tables are made of.
 
-The folder is the truth (`gainlora/learning/stream.py` writes it); nothing here changes it. JSON only,
-so a report needs neither torch nor the model.
+A run folder is the truth (`gainlora/learning/stream.py` writes it); nothing here changes it. No torch, no model:
+JSON, and of the learned state only the sizes in the headers of its safetensors files.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from gainlora.errors import GainLoRAError
 
 Matrix = list[list[float | None]]
 """R, (T, T): R[t][i] is the score (0-100) on task i after learning task t; None where not (yet) measured."""
+GATED = "gainlora-"
+"""What a method's name starts with if gates weigh its branches; the rest is the name of its branch rule."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One finished task of a run."""
+    """One finished step of a run: a task, or all of them for a method that learns them at once."""
 
-    folder: Path
     index: int
-    """1-based position in the order."""
+    """1-based position among the run's steps."""
     task: str
     scores: dict[str, Any]
     """scores.json: scores of the tasks seen so far, AP, FT, BWT, seconds per phase, counts."""
@@ -33,18 +35,30 @@ class Step:
     """Seen task -> mean and standard deviation of every branch's coefficient; empty without gates."""
     subspace: dict[str, dict[str, int]]
     """Basis sizes k and widths d of gate and adapted layers."""
+    stored: dict[str, int]
+    """Parameters kept after the step: adapter, gate, subspace, rule; empty where they were not recorded."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was read; None: of a result file, which has no examples."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its description and its finished tasks, in order."""
+    """One run: its description and its finished steps, in order."""
 
-    folder: Path
     config: dict[str, Any]
-    """config.json; `config["config"]` holds every option."""
+    """config.json; `config["config"]` holds every option, `config["steps"]` the names of the steps."""
     data: dict[str, dict[str, Any]]
     """data.json: path, digests and example counts per task."""
     steps: list[Step]
+    label: str = ""
+    """What tells it from the plain method, as in `gainlora-inflora+no-init`; mostly empty."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was read; None: from a result file."""
+
+    @property
+    def run_id(self) -> str:
+        """<order>-<method>-<model>-<seed>-<digest>."""
+        return str(self.config["run_id"])
 
     @property
     def tasks(self) -> list[str]:
@@ -52,15 +66,36 @@ class Run:
         return list(self.config["tasks"])
 
     @property
+    def method(self) -> str:
+        """The method's name, with the run's label."""
+        return "+".join(filter(None, (self.config["method"], self.label)))
+
+    @property
+    def model(self) -> str:
+        """The model's name, without its owner or folder."""
+        return Path(self.config["model"]).name
+
+    @property
     def complete(self) -> bool:
-        """Whether every task of the order is learned."""
-        return len(self.steps) == len(self.tasks)
+        """Whether every step is done."""
+        return len(self.steps) == len(self.config["steps"])
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all tasks are learned in one step, so that there is no sequence."""
+        return len(self.config["steps"]) < len(self.tasks)
+
+    def learned(self, step: Step) -> int:
+        """Number of tasks learned when the step is done, 1 to T."""
+        return len(self.tasks) - len(self.config["steps"]) + step.index
 
     @property
     def R(self) -> Matrix:
-        """Accuracy matrix, rows of unfinished tasks all None."""
-        rows = [[step.scores["scores"].get(task) for task in self.tasks] for step in self.steps]
-        return rows + [[None] * len(self.tasks) for _ in range(len(self.tasks) - len(self.steps))]
+        """Accuracy matrix; rows of unfinished tasks are all None, so are all but the last of tasks learned at once."""
+        rows: Matrix = [[None] * len(self.tasks) for _ in self.tasks]
+        for step in self.steps:
+            rows[self.learned(step) - 1] = [step.scores["scores"].get(task) for task in self.tasks]
+        return rows
 
     @property
     def result(self) -> dict[str, Any]:
@@ -79,13 +114,12 @@ def read_run(folder: Path) -> Run:
     """
     config = read_json(folder / "config.json")
     try:
-        folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["tasks"], start=1)]
+        config.setdefault("steps", list(config["tasks"]))  # folders of version 0.1.0 do not name them
+        folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["steps"], start=1)]
         steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
-        run = Run(folder, config, read_json(folder / "data.json"), steps)
-        _ = run.result, config["code"], [run.data[step.task]["sha256"] for step in steps]
+        return checked(Run(config, read_json(folder / "data.json"), steps, folder=folder))
     except (KeyError, TypeError) as error:
         raise GainLoRAError(f"{folder}: damaged ({error} is missing in its files); delete it and run again.") from None
-    return run
 
 
 def read_step(folder: Path) -> Step:
@@ -98,11 +132,25 @@ def read_step(folder: Path) -> Step:
     gated = (folder / "coefficients.json").exists()
     coefficients = read_json(folder / "coefficients.json") if gated else {}
     subspace = read_json(folder / "subspace.json")
-    return Step(folder, scores["index"], scores["task"], scores, coefficients, subspace)
+    return Step(scores["index"], scores["task"], scores, coefficients, subspace, _stored(folder), folder)
+
+
+def checked(run: Run) -> Run:
+    """The run, if what every reader needs is there.
+
+    Raises:
+        KeyError, TypeError: it is not.
+    """
+    _ = run.run_id, run.model, run.result, run.config["code"], run.config["dtype"], run.config["config"]["gate"]
+    _ = [(run.data[task]["sha256"], run.data[task]["test"]) for task in run.tasks]
+    _ = [(step.scores["seconds"]["train"], step.subspace["gate"]) for step in run.steps]
+    return run
 
 
 def example_coefficients(step: Step) -> dict[str, list[list[float]]]:
-    """Seen task -> coefficients of every test example, (examples, t); empty without gates."""
+    """Seen task -> coefficients of every test example, (examples, t); empty without gates or examples."""
+    if step.folder is None:
+        return {}
     values = {}
     for task in step.coefficients:
         rows = [row["coefficients"] for row in read_lines(step.folder / "predictions" / f"{task}.jsonl")]
@@ -144,3 +192,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
+
+
+def _stored(folder: Path) -> dict[str, int]:
+    """Parameters per kind of state in a task's folder; a kind without a file is left out."""
+    names = {"adapter": "adapter_model", "gate": "gate", "subspace": "subspace", "rule": "rule"}
+    paths = {kind: folder / f"{name}.safetensors" for kind, name in names.items()}
+    return {kind: _parameters(path) for kind, path in paths.items() if path.exists()}
+
+
+def _parameters(path: Path) -> int:
+    """Numbers in a safetensors file, by its header: 8 bytes of length, then JSON with every tensor's shape.
+
+    Raises:
+        GainLoRAError: damaged.
+    """
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+            raise GainLoRAError(f"{path}: damaged; delete its task folder and run the order again.") from None

@@ -1,7 +1,8 @@
 """A run in MLflow: one parent run, one child run per task. The only module that imports mlflow.
 
     parent  <run_id>              options as params; at step t: AP, FT, BWT, score.<task>, seconds.*,
-            |                     subspace.* (basis sizes), task.<asked>.coefficient.<branch>; R as table,
+            |                     subspace.* (basis sizes), stored.* (parameters kept),
+            |                     task.<asked>.coefficient.<branch>; config.json, data.json, R as table,
             |                     figures; data sets as inputs
             +- task_01_<name>     loss by optimizer step, scores on all seen tasks, adapter, gate, bases,
             +- task_02_<name>     predictions
@@ -9,7 +10,7 @@
 Everything goes through `MlflowClient` with explicit run ids: no active run, which a Prefect task on
 another thread would lose. A run is found again by its tag `gainlora.key`, so a resumed run continues
 its own MLflow run; what was logged is known by the tag `gainlora.done`, and a crash in between repeats
-the same points with the same timestamps, which the store keeps once.
+the same points with the same timestamps, which the store keeps once. `mlflow_runs.py` reads runs back.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric
     from mlflow.entities import Run as MlflowRun
 
-KEY, DONE = "gainlora.key", "gainlora.done"
+KEY, DONE, PARENT = "gainlora.key", "gainlora.done", "mlflow.parentRunId"
 POINTS = 1000
 """Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
 PARAM_LENGTH = 6000  # MLflow's limit
@@ -72,7 +73,7 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
         GainLoRAError: no run folder, or the experiment was deleted.
     """
     run = read_run(folder)
-    with _store(tracking, root) as (client, experiment):
+    with store(tracking, root) as (client, experiment):
         parent = _find(client, experiment, folder.name) or client.create_run(
             experiment, run_name=folder.name, tags={KEY: folder.name, "mlflow.note.content": NOTE}
         )
@@ -81,6 +82,8 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
         client.update_run(run_id, status="RUNNING")
     _log(client, run_id, params=options(run.config["config"]), tags=_tags(run))
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
+    for name in ("config.json", "data.json"):
+        client.log_artifact(run_id, str(folder / name))
     return run_id
 
 
@@ -108,7 +111,7 @@ def record_task(
     ended = int(sums.stat().st_mtime * 1000)  # the folder's own time: the same whenever it is logged
     started = ended - int(1000 * sum(step.scores["seconds"].values()))
     key = f"{folder.name}/{task_folder.name}"
-    with _store(tracking, root) as (client, experiment):
+    with store(tracking, root) as (client, experiment):
         child = _find(client, experiment, key)
         if child is not None and DONE in child.data.tags:
             if child.data.tags[DONE] == _digest(content):
@@ -119,15 +122,15 @@ def record_task(
             experiment,
             start_time=started,
             run_name=task_folder.name,
-            tags={KEY: key, "mlflow.parentRunId": parent_run_id},
+            tags={KEY: key, PARENT: parent_run_id},
         )
     run_id: str = child.info.run_id
-    entry = run.data[step.task]
-    described = {"task": step.task, "index": step.index, **{k: entry[k] for k in ("train", "test")}}
-    _log(client, run_id, params=described, tags=_tags(run))
-    client.log_inputs(run_id, datasets=[_dataset(step.task, entry)])
+    data = run.data if run.at_once else {step.task: run.data[step.task]}
+    counts = {key: sum(entry[key] for entry in data.values()) for key in ("train", "test")}
+    _log(client, run_id, params={"task": step.task, "index": step.index, **counts}, tags=_tags(run))
+    client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in data.items()])
     outcome = _outcome(run, step, ended)
-    _log(client, run_id, metrics=outcome + _curve(step, started))
+    _log(client, run_id, metrics=outcome + _curve(task_folder, step, started))
     _log(client, parent_run_id, metrics=outcome)
     _artifacts(client, run_id, task_folder)
     client.set_tag(run_id, DONE, _digest(content))
@@ -152,14 +155,13 @@ def finish(
     """
     run = read_run(folder)
     if not run.complete:
-        done = f"{len(run.steps)} of {len(run.tasks)} tasks are learned"
+        done = f"{len(run.steps)} of {len(run.config['steps'])} tasks are learned"
         raise GainLoRAError(f"{folder}: {done}; run the same command again to continue it.")
-    with _store(tracking, root) as (client, _):
+    with store(tracking, root) as (client, _):
         parent = client.get_run(parent_run_id)
     digest = _digest(json.dumps(run.result, sort_keys=True))
     if parent.data.tags.get(DONE) != digest:
-        for name in ("config.json", "data.json", "result.json"):
-            client.log_artifact(parent_run_id, str(folder / name))
+        client.log_artifact(parent_run_id, str(folder / "result.json"))
         if not any(file.path == "R.json" for file in client.list_artifacts(parent_run_id)):  # it would append
             client.log_table(parent_run_id, _table(run), "R.json")
         from gainlora.tracking.report import run_figures
@@ -183,12 +185,12 @@ def fail(
         tracking: params.yaml's section: experiment, uri.
         root: the project's folder.
     """
-    with _store(tracking, root) as (client, _):
+    with store(tracking, root) as (client, _):
         client.set_terminated(parent_run_id, status)
 
 
 @contextlib.contextmanager
-def _store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, str]]:
+def store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, str]]:
     """Client and experiment id, both created when missing.
 
     A local store is locked meanwhile: two processes that find no database would both create its
@@ -196,6 +198,7 @@ def _store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient,
     """
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every file
     for name in ("alembic", "mlflow.store.db.utils"):  # two lines for each of 50 migrations
         logging.getLogger(name).setLevel(logging.WARNING)
     from filelock import FileLock
@@ -293,14 +296,15 @@ def _outcome(run: Run, step: Step, at: int) -> list[Metric]:
     if subspace["layers"]:
         sizes = list(subspace["layers"].values())
         values |= {"subspace.layers.mean": sum(sizes) / len(sizes), "subspace.layers.max": max(sizes)}
-    return [Metric(key, float(value), at, step.index) for key, value in values.items() if value is not None]
+    values |= {f"stored.{kind}": count for kind, count in step.stored.items()}
+    return [Metric(key, float(value), at, run.learned(step)) for key, value in values.items() if value is not None]
 
 
-def _curve(step: Step, started: int) -> list[Metric]:
+def _curve(folder: Path, step: Step, started: int) -> list[Metric]:
     """Training by optimizer step, thinned evenly to POINTS (the last one stays)."""
     from mlflow.entities import Metric
 
-    rows = list(read_lines(step.folder / "train.jsonl"))
+    rows = list(read_lines(folder / "train.jsonl"))
     seconds = step.scores["seconds"]
     stride = -(-len(rows) // POINTS) or 1
     metrics = []
@@ -324,9 +328,9 @@ def _artifacts(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def _table(run: Run) -> dict[str, list[Any]]:
-    """R for `log_table`: one row per learned task."""
-    columns: dict[str, list[Any]] = {"after task": run.tasks}
-    columns |= {task: [row[i] for row in run.R] for i, task in enumerate(run.tasks)}
+    """R for `log_table`: one row per finished step."""
+    columns: dict[str, list[Any]] = {"after task": [step.task for step in run.steps]}
+    columns |= {task: [step.scores["scores"].get(task) for step in run.steps] for task in run.tasks}
     return columns | {key: [step.scores[key] for step in run.steps] for key in ("AP", "FT", "BWT")}
 
 

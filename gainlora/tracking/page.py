@@ -1,18 +1,13 @@
-"""The parts of the report's HTML: style, tables, inline figures. All text is escaped here."""
+"""A report as one HTML page that needs no network: style and figures are in it. All text is escaped here."""
 
 from __future__ import annotations
 
 import html
-import io
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from gainlora.tracking.figures import INK
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from gainlora.tracking.document import Block, Heading, Note, Picture, Table
+from gainlora.tracking.drawing import INK
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fdfdfc; --soft: #5c5c5c; --line: #d9d9d6; --band: #f3f3f0 }
@@ -30,7 +25,7 @@ a { color: inherit }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .32rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
 thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom }
-tbody th { font-weight: 500 }
+tbody th { font-weight: 500; white-space: normal; min-width: 9rem }
 tbody tr:nth-child(even) { background: var(--band) }
 .n { text-align: right }
 .note, figcaption { color: var(--soft); font-size: .88rem; max-width: 46rem }
@@ -41,35 +36,43 @@ code { font-size: .85em; overflow-wrap: anywhere }
   :root { --ink: #000; --paper: #fff; --soft: #444; --line: #bbb; --band: #fff }
   body { max-width: none; padding: 0; font-size: 10.5pt }
   h2, h3 { break-after: avoid } figure, tr { break-inside: avoid }
-  .run { break-before: page } .scroll { overflow: visible }
+  h2[id] { break-before: page } .scroll { overflow: visible }
 }
 """
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The document around its parts (HTML already)."""
+def html_page(title: str, blocks: Sequence[Block], drawings: Mapping[str, str]) -> str:
+    """The whole document.
+
+    Args:
+        blocks: its parts.
+        drawings: name of every picture -> its SVG.
+    """
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f"<h1>{html.escape(title)}</h1>\n"
+        + "\n".join(_part(block, drawings) for block in blocks)
+        + "\n</body>\n</html>\n"
     )
 
 
-def heading(text: str, level: int = 2, anchor: str | None = None) -> str:
-    """A heading, with an id where the page links to it."""
-    name = f' id="{html.escape(anchor)}"' if anchor else ""
-    return f"<h{level}{name}>{html.escape(text)}</h{level}>"
+def _part(block: Block, drawings: Mapping[str, str]) -> str:
+    match block:
+        case Heading():
+            name = f' id="{html.escape(block.anchor)}"' if block.anchor else ""
+            return f"<h{block.level}{name}>{html.escape(block.text)}</h{block.level}>"
+        case Note():
+            return f'<p class="note">{html.escape(block.text)}</p>'
+        case Table():
+            return _table(block)
+        case Picture():
+            drawn = _inline(drawings[block.name], block.caption)
+            return f"<figure>\n{drawn}\n<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
 
 
-def note(text: str) -> str:
-    """A paragraph of explanation."""
-    return f'<p class="note">{html.escape(text)}</p>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int, links: Sequence[str] = ()) -> str:
-    """A table; columns from index `numbers` on are aligned right, row k's first cell links to anchor links[k]."""
-
+def _table(table: Table) -> str:
     def cells(texts: Sequence[str], tag: str, link: str | None = None) -> str:
         made = []
         for column, text in enumerate(texts):
@@ -77,32 +80,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int, link
             inner = html.escape(text)
             if column == 0 and link:
                 inner = f'<a href="#{html.escape(link)}">{inner}</a>'
-            made.append(f'<{kind} class="n">{inner}</{kind}>' if column >= numbers else f"<{kind}>{inner}</{kind}>")
+            numeric = ' class="n"' if column >= table.numbers else ""
+            made.append(f"<{kind}{numeric}>{inner}</{kind}>")
         return "<tr>" + "".join(made) + "</tr>"
 
-    anchors: list[str | None] = [*links] or [None] * len(rows)
-    body = "\n".join(cells(row, "td", link) for row, link in zip(rows, anchors, strict=True))
-    return f'<div class="scroll"><table>\n<thead>{cells(head, "th")}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    anchors: list[str | None] = [*table.links] or [None] * len(table.rows)
+    body = "\n".join(cells(row, "td", link) for row, link in zip(table.rows, anchors, strict=True))
+    head = cells(table.head, "th")
+    return f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def figure(drawn: Figure, caption: str, png: Path, dpi: int) -> str:
-    """Write the figure as PNG and return it as inline SVG with its caption."""
-    png.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(png, dpi=dpi, facecolor="white")
-    text = html.escape(caption)
-    return f"<figure>\n{_svg(drawn, caption, png.stem)}\n<figcaption>{text}</figcaption>\n</figure>"
-
-
-def _svg(drawn: Figure, label: str, salt: str) -> str:
-    """Inline SVG: no ids shared between figures, no links, text and axes in the page's colour."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
-        drawn.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+def _inline(svg: str, label: str) -> str:
+    """The SVG as a part of the page: text and axes in the page's colour."""
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # an HTML parser knows them
     svg = svg.replace(INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -11,6 +11,9 @@ import pytest
 
 from gainlora.errors import GainLoRAError
 from gainlora.tracking import mlflow as tracked
+from gainlora.tracking.folder import Run, example_coefficients, read_run
+from gainlora.tracking.mlflow_runs import log_report, tracked_runs
+from gainlora.tracking.report import write_report
 from tests.fake_run import TASKS, mean_coefficients, write_run
 
 TRACKING = {"experiment": "gainlora", "uri": None}
@@ -29,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(root: Path) -> Any:
     from mlflow import MlflowClient
 
-    with tracked._store(TRACKING, root):
+    with tracked.store(TRACKING, root):
         return MlflowClient(tracking_uri=tracked.tracking_uri(root))
 
 
@@ -199,6 +202,75 @@ def test_deleted_experiment_is_named(client: Any, root: Path) -> None:
 
 def test_long_curves_are_thinned(tmp_path: Path) -> None:
     folder = write_run(tmp_path, R[:1], tasks=THREE, steps=2500)
-    curve = tracked._curve(tracked.read_step(folder / "task_01_movie_sentiment"), started=0)
+    task_folder = folder / "task_01_movie_sentiment"
+    curve = tracked._curve(task_folder, tracked.read_step(task_folder), started=0)
     steps = [metric.step for metric in curve if metric.key == "train.loss"]
     assert len(steps) <= tracked.POINTS and steps[-1] == 2500 and steps == sorted(steps)
+
+
+OTHER = {"experiment": "other", "uri": None}
+"""An experiment of its own, for what reads all runs of one."""
+
+
+def log_some(root: Path) -> list[Path]:
+    """Runs of several kinds in the experiment `OTHER`: gated, with one branch, at once, unfinished."""
+    folders = [
+        write_run(root, R, seed=1, tasks=THREE),
+        write_run(root, R, "seqlora", 1, THREE),
+        write_run(root, [R[2]], "multitask", 1, THREE, at_once=True),
+        write_run(root, R[:2], "inflora", 1, THREE),
+    ]
+    for folder in folders:
+        parent = tracked.start(folder, OTHER, root)
+        for task_folder in sorted(folder.glob("task_*")):
+            tracked.record_task(folder, task_folder, parent, OTHER, root)
+        if (folder / "result.json").exists():
+            tracked.finish(folder, parent, OTHER, REPORT, root)
+    return folders
+
+
+def test_runs_come_back_and_their_report_is_the_same(client: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
+    runs_of_folders = sorted((read_run(folder) for folder in log_some(root)), key=lambda run: run.run_id)
+    write_report(runs_of_folders, tmp_path / "folders", REPORT)
+    kept = []
+    for _ in range(2):  # the second time with a report in the experiment, which is no run
+        with tracked_runs(OTHER, root) as found:
+            assert found == runs_of_folders
+            assert [coefficients(run) for run in found] == [coefficients(run) for run in runs_of_folders]
+            files = write_report(found, tmp_path / "mlflow", REPORT)
+        kept.append(log_report(files, OTHER, root))
+    assert kept[0] == kept[1] and capsys.readouterr().err == ""
+    for name in ("index.html", "report.md"):
+        assert (tmp_path / "mlflow" / name).read_text() == (tmp_path / "folders" / name).read_text()
+    held = client.get_run(kept[0])
+    assert (held.info.run_name, held.data.tags["gainlora.key"], held.info.status) == ("report", "report", "FINISHED")
+    assert artifacts(client, kept[0]) == {"index.html", "report.md", "figures"}
+    assert {path.name for path in files[2:] if path.parent.name == "figures"} <= {
+        Path(name).name for name in artifacts(client, kept[0], "figures")
+    }
+
+
+def coefficients(run: Run) -> list[Any]:
+    return [example_coefficients(step) for step in run.steps]
+
+
+def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step(client: Any, root: Path) -> None:
+    folder = write_run(root, [R[2]], "multitask", 2, THREE, at_once=True)
+    parent = log_all(folder, root)
+    assert history(client, parent, "AP") == [(3, 80.0)]
+    (child,) = runs(client, folder, children=True)
+    assert child.data.params["train"] == str(3 * 96)
+    assert {i.dataset.name for i in child.inputs.dataset_inputs} == set(THREE)
+
+
+def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: Path, capsys: Any) -> None:
+    broken = {"experiment": "broken", "uri": None}
+    with tracked.store(broken, root) as (_, experiment):
+        client.create_run(experiment, tags={"gainlora.key": "old-run"})
+        client.create_run(experiment, run_name="of somebody else")
+    with tracked_runs(broken, root) as found:
+        assert found == []
+    assert "left out: MLflow's run old-run: its artifact config.json is missing" in capsys.readouterr().err
+    with pytest.raises(GainLoRAError, match="is not there, so there are no runs"), tracked_runs(TRACKING, tmp_path):
+        pass
+    assert not (tmp_path / "mlruns").exists()

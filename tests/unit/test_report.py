@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from gainlora.errors import GainLoRAError
-from gainlora.tracking import figures
+from gainlora.tracking import charts, drawing, figures
 from gainlora.tracking.folder import read_run
-from gainlora.tracking.report import matrix_table, run_figures, write_report
+from gainlora.tracking.report import DETAILED, matrix_table, run_figures, write_report
 from tests.fake_run import TASKS, mean_coefficients, write_run
 
 REPORT = {"decimals": 1, "dpi": 40}
@@ -24,6 +27,22 @@ THREE = TASKS[:3]
 R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
 # AP = (22 + 47 + 51) / 3 = 40; FT = ((80 - 22) + (85 - 47)) / 2 = 48
 FORGETS = [[80.0], [30.0, 85.0], [22.0, 47.0, 51.0]]
+
+
+@pytest.fixture(autouse=True)
+def known_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts without torch: two models; 100 per rank, and the gate's width and depth with gates."""
+    shapes = types.ModuleType("gainlora.model.shapes")
+    shapes.MODELS = {"small": None, "large": None}
+    shapes.trainable_parameters = lambda model, method, rank, hidden, depth: (
+        (10 if model == "large" else 1) * (100 * rank + hidden * depth * method.startswith("gainlora-"))
+    )
+    monkeypatch.setitem(sys.modules, "gainlora.model.shapes", shapes)
+
+
+def report(folders: list[Path], out: Path) -> Path:
+    """The page of these run folders."""
+    return write_report([read_run(folder) for folder in folders], out, REPORT)[0]
 
 
 def printed(renderable: Any, width: int = 100) -> str:
@@ -103,20 +122,20 @@ def parsed(path: Path) -> Page:
 
 def test_page_needs_no_network(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, R, tasks=THREE), write_run(tmp_path, FORGETS, "seqlora", tasks=THREE)]
-    path = write_report(runs, tmp_path / "report", REPORT)
+    path = report(runs, tmp_path / "report")
     source, page = path.read_text(encoding="utf-8"), parsed(path)
     assert path == tmp_path / "report" / "index.html"
     assert all(target.startswith(("#", "data:image/")) for target in page.loads)
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
     assert not re.search(r"https?://|@import", source)
     assert "prefers-color-scheme: dark" in source and "@media print" in source
-    assert figures.INK not in source.split("</style>")[1]  # text in the page's own colour
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 1 + 5 + 2
+    assert drawing.INK not in source.split("</style>")[1]  # text in the page's own colour
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 4 + 5 + 2
 
 
 def test_links_and_ids_of_the_page_match(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, R, seed=seed, tasks=THREE) for seed in (1, 2)]
-    source = write_report(runs, tmp_path / "report", REPORT).read_text(encoding="utf-8")
+    source = report(runs, tmp_path / "report").read_text(encoding="utf-8")
     ids = set(re.findall(r'\bid="([^"]+)"', source))
     used = set(re.findall(r'href="#([^"]+)"', source)) | set(re.findall(r"url\(#([^)]+)\)", source))
     assert used <= ids
@@ -124,10 +143,23 @@ def test_links_and_ids_of_the_page_match(tmp_path: Path) -> None:
 
 def test_figures_stand_beside_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path, R, tasks=THREE)
-    path = write_report([folder], tmp_path / "out" / "page.html", REPORT)
-    pngs = {str(png.relative_to(path.parent)) for png in path.parent.rglob("*.png")}
-    assert f"{folder.name}/accuracy_matrix.png" in pngs and "embedded-average_performance.png" in pngs
+    path = report([folder], tmp_path / "out" / "page.html")
+    for name in (f"{folder.name}/accuracy_matrix", "embedded-smollm2-135m-curves", "trainable_parameters"):
+        assert (path.parent / "figures" / f"{name}.png").is_file()
+        assert ElementTree.parse(path.parent / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
     assert path.name == "page.html"
+
+
+def test_markdown_has_the_page_s_tables_and_names_files_that_are_there(tmp_path: Path) -> None:
+    files = write_report([read_run(write_run(tmp_path, R, tasks=THREE))], tmp_path / "report", REPORT)
+    page, text = parsed(files[0]), files[1].read_text(encoding="utf-8")
+    assert files[1].name == "report.md"
+    rulers = [line for line in text.splitlines() if line.startswith("| ---")]
+    assert len(rulers) == page.tags.count("table")
+    assert "| gainlora-inflora | 80.0 | 1.5 | 1 |" in text
+    named = set(re.findall(r"\]\((figures/[^)]+)\)", text))
+    assert {files[1].parent / name for name in named} == {f for f in files if f.suffix == ".svg"}
+    assert all(file.is_file() for file in files)
 
 
 def test_page_escapes_names(tmp_path: Path) -> None:
@@ -136,7 +168,7 @@ def test_page_escapes_names(tmp_path: Path) -> None:
         (folder / "config.json").read_text().replace('"model": "smollm2-135m"', '"model": "<script>alert(1)</script>&"')
     )
     (folder / "config.json").write_text(text)
-    path = write_report([folder], tmp_path / "report", REPORT)
+    path = report([folder], tmp_path / "report")
     assert "<script" not in path.read_text(encoding="utf-8")
     assert "<script>alert(1)</script>&" in parsed(path).text
 
@@ -148,29 +180,63 @@ def test_seeds_give_mean_and_deviation_and_unfinished_runs_do_not_count(tmp_path
         write_run(tmp_path, lower, seed=2, tasks=THREE),
         write_run(tmp_path, R[:2], seed=3, tasks=THREE),
     ]
-    page = parsed(write_report(runs, tmp_path / "report", REPORT))
+    page = parsed(report(runs, tmp_path / "report"))
     assert "78.0 ± 2.8" in page.text  # of 80 and 76
     assert "2 of 3" in page.text and "2 of 3 tasks" in page.text
 
 
 def test_run_without_a_finished_task(tmp_path: Path) -> None:
-    page = parsed(write_report([write_run(tmp_path, [], tasks=THREE)], tmp_path / "report", REPORT))
-    assert "0 of 3 tasks" in page.text and "svg" not in page.tags
+    page = parsed(report([write_run(tmp_path, [], tasks=THREE)], tmp_path / "report"))
+    assert "0 of 3 tasks" in page.text and page.tags.count("svg") == 1  # trainable parameters, which no run decides
 
 
 def test_report_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(GainLoRAError, match="no runs"):
         write_report([], tmp_path, REPORT)
     with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: No such file"):
-        write_report([tmp_path / "nowhere"], tmp_path, REPORT)
+        read_run(tmp_path / "nowhere")
     folder = write_run(tmp_path, R, tasks=THREE)
-    (folder / "task_01_movie_sentiment" / "scores.json").write_text("{")
-    with pytest.raises(GainLoRAError, match=r"scores\.json: damaged"):
-        write_report([folder], tmp_path, REPORT)
+    for name, content, complaint in (
+        ("scores.json", "{", r"scores\.json: damaged"),
+        ("scores.json", "{}", "'index' is missing"),
+        ("gate.safetensors", "short", r"gate\.safetensors: damaged"),
+    ):
+        path = folder / "task_01_movie_sentiment" / name
+        before = path.read_bytes()
+        path.write_text(content)
+        with pytest.raises(GainLoRAError, match=complaint):
+            read_run(folder)
+        path.write_bytes(before)
+
+
+def test_many_runs_are_a_table(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, R[:1], seed=seed, tasks=THREE) for seed in range(DETAILED + 1)]
+    few, many = (parsed(report(some, tmp_path / "out")) for some in (folders[:2], folders))
+    assert all(folder.name[-8:] in many.text for folder in folders)
+    assert "Row: after learning that task" in few.text and "Row: after learning that task" not in many.text
+
+
+def test_a_run_given_twice_counts_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, R, tasks=THREE)
+    page = parsed(report([folder, folder], tmp_path / "report"))
+    assert page.text.count(f"{folder.name}:") == 1
+
+
+def test_tasks_learned_at_once_have_one_row_and_no_sequence(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, [[80.0, 90.0, 70.0]], "multitask", tasks=THREE, at_once=True)
+    run = read_run(folder)
+    assert run.complete and run.at_once
+    assert run.R == [[None] * 3, [None] * 3, [80.0, 90.0, 70.0]]
+    assert (run.result["AP"], run.result["FT"], run.result["BWT"]) == (80.0, None, None)
+    assert set(run_figures(run, 1)) == {"accuracy_matrix"}
+    page = parsed(report([folder, write_run(tmp_path, R, tasks=THREE)], tmp_path / "report"))
+    assert "1 all_tasks" in page.text
+    assert rows(printed(matrix_table([run.result, run.result], 1)), "embedded")[0][-4:] == ["3/3", "80.0", "-", "-"]
+    assert not read_run(write_run(tmp_path, [], "multitask", 7, THREE, at_once=True)).complete
 
 
 def test_heat_map_holds_R() -> None:
-    figure = figures.accuracy_matrix(THREE, R)
+    figure = figures.accuracy_matrix(THREE, THREE, R)
     axes = figure.axes[0]
     cells = axes.collections[0].get_array()
     assert np.ma.filled(cells, -1).tolist() == [[84, -1, -1], [81, 88, -1], [82, 87, 71]]
@@ -182,8 +248,19 @@ def test_curves_hold_R_and_AP() -> None:
     lines = figures.accuracy_curves(THREE, R).axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[84, 81, 82], [88, 87], [71], [84, 84.5, 80]]
     assert list(lines[1].get_xdata()) == [2, 3]
-    (line,) = figures.performance_curves({"x": [R, FORGETS]}).axes[0].lines
+    made = charts.performance_curves({"x": [R, FORGETS], "multitask": [[[None] * 3, [None] * 3, R[2]]]})
+    line, level = made.axes[0].lines
     assert list(line.get_ydata()) == [82, 71, 60]  # means of (84, 80), (84.5, 57.5), (80, 40)
+    assert (list(level.get_xdata()), list(level.get_ydata())) == ([1, 3], [80, 80])
+
+
+def test_a_rule_keeps_its_colour_and_gated_lines_are_solid() -> None:
+    labels = [prefix + rule for rule in "abcdefghij" for prefix in ("", "gainlora-")]
+    styles = charts.method_styles(labels)
+    looks = {(s["color"], s["marker"], s["linestyle"]) for s in styles.values()}
+    assert len(looks) == len(labels)
+    assert styles["a"]["color"] == styles["gainlora-a"]["color"]
+    assert (styles["a"]["linestyle"], styles["gainlora-a"]["linestyle"]) == ("--", "-")
 
 
 def test_gate_figures_hold_the_coefficients(tmp_path: Path) -> None:
