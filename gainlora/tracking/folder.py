@@ -6,14 +6,16 @@ JSON, and of the learned state only the sizes in the headers of its safetensors 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gainlora.config import Config
 from gainlora.errors import GainLoRAError
 
 Matrix = list[list[float | None]]
@@ -136,15 +138,22 @@ def read_step(folder: Path) -> Step:
 
 
 def checked(run: Run) -> Run:
-    """The run, if what every reader needs is there.
+    """The run, if what every reader needs is there. Options that its version did not know yet have their defaults.
 
     Raises:
         KeyError, TypeError: it is not.
     """
+    run = replace(run, config={**run.config, "config": _with_defaults(run.config["config"])})
     _ = run.run_id, run.model, run.result, run.config["code"], run.config["dtype"], run.config["config"]["gate"]
     _ = [(run.data[task]["sha256"], run.data[task]["test"]) for task in run.tasks]
     _ = [(step.scores["seconds"]["train"], step.subspace["gate"]) for step in run.steps]
     return run
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    sections = [s for s in dataclasses.fields(Config) if s.default_factory is not dataclasses.MISSING]
+    defaults = {s.name: dataclasses.asdict(s.default_factory()) for s in sections}  # type: ignore[misc, operator]
+    return {**values, **{name: {**section, **values[name]} for name, section in defaults.items()}}
 
 
 def example_coefficients(step: Step) -> dict[str, list[list[float]]]:

@@ -97,3 +97,12 @@ def test_the_command_writes_a_file_per_run(tmp_path: Path, capsys: pytest.Captur
     assert files == [f"gainlora-inflora+x-smollm2-135m-{seed}.json" for seed in (1, 2)]
     assert capsys.readouterr().out.split() == [str(out / "embedded" / name) for name in files]
     assert main(["results", str(tmp_path / "nowhere"), "--out", str(out)]) == 1
+
+
+def test_options_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, R, tasks=THREE)
+    run = read_run(folder)
+    described = json.loads((folder / "config.json").read_text())
+    del described["config"]["train"]["penalty_weight"], described["config"]["evaluate"]["num_beams"]
+    (folder / "config.json").write_text(json.dumps(described))
+    assert read_run(folder) == run
