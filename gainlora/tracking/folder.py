@@ -152,7 +152,7 @@ def checked(run: Run) -> Run:
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     sections = [s for s in dataclasses.fields(Config) if s.default_factory is not dataclasses.MISSING]
-    defaults = {s.name: dataclasses.asdict(s.default_factory()) for s in sections}  # type: ignore[misc, operator]
+    defaults = {s.name: dataclasses.asdict(s.default_factory()) for s in sections}  # type: ignore[operator]
     return {**values, **{name: {**section, **values[name]} for name, section in defaults.items()}}
 
 
