@@ -123,6 +123,8 @@ class TrainConfig:
     """Clip the gradient's norm; null: never."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward (non-reentrant): less memory, more time."""
+    checkpoint_every: int | None = 50
+    """Steps between two checkpoints of a task in training: at most that many are repeated after a crash. null: none."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class Config:
             "train.epochs": (self.train.epochs, 1),
             "train.batch_size": (self.train.batch_size, 1),
             "train.micro_batch_size": (self.train.micro_batch_size, 1),
+            "train.checkpoint_every": (self.train.checkpoint_every, 1),
             "evaluate.batch_size": (self.evaluate.batch_size, 1),
             "evaluate.num_beams": (self.evaluate.num_beams, 1),
         }

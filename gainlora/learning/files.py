@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def seal(partial: Path, final: Path) -> None:
     """Write checksums.json over every file in `partial`, flush all of it, and give it its final name."""
     for leftover in [*partial.rglob("*.part"), partial / "checksums.json"]:  # of an interrupted write
         leftover.unlink(missing_ok=True)
+    for checkpoint in partial.glob("*checkpoint_*"):
+        shutil.rmtree(checkpoint)
     flush(partial)
     sums = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):

@@ -26,6 +26,7 @@ from gainlora.data.batches import tokenize
 from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError
+from gainlora.learning.checkpoint import PROGRESS, Checkpoints, latest, restore_branch
 from gainlora.learning.evaluate import Prediction, evaluate_task
 from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
@@ -92,8 +93,8 @@ class Stream:
     # -- the parts of step t (1-based), in this order; each returns at once where its work is done -------------
 
     def prepare(self, t: int) -> None:
-        """Start branch and gate t from the new task's inputs."""
-        if self._learned(t):
+        """Start branch and gate t from the new task's inputs; nothing to do where training can go on."""
+        if self._learned(t) or latest(self._partial(t)):
             return
         started = time.perf_counter()
         model, _ = self._model_after(t - 1)
@@ -105,19 +106,29 @@ class Stream:
         """Train branch and gate t."""
         if self._learned(t):
             return
-        # taken before anything changes: what fails half-way is prepared anew
+        # taken before anything changes: what fails half-way is prepared anew, or goes on from its checkpoint
         seconds, self._seconds = self._seconds, {}
-        if "prepare" not in seconds or "train" in seconds:
-            self.prepare(t)
-            seconds, self._seconds = self._seconds, {}
-        started = time.perf_counter()
+        partial, saved = self._partial(t), latest(self._partial(t))
+        if saved:
+            model, tokenizer = self._model_after(t - 1)
+            self._holds = -1
+            restore_branch(saved, model, self.config.rule)
+            progress = read_json(saved / PROGRESS)
+            seconds, before = progress["seconds"], sum(record["seconds"] for record in progress["records"])
+        else:
+            if "prepare" not in seconds or "train" in seconds:
+                self.prepare(t)
+                seconds, self._seconds = self._seconds, {}
+            shutil.rmtree(partial, ignore_errors=True)  # what an update that was stopped left there
+            before = 0.0
+        started = time.perf_counter() - before
         model, tokenizer = self._model()
         self._trainable = model.trainable_parameters()
         model.task = t - 1
-        records = train_task(model, self._training(t), self.config, t, self.steps[t - 1], tokenizer.pad_token_id)
-        partial = self._partial(t)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        checkpoints = Checkpoints(partial, self.config.train.checkpoint_every, seconds)
+        records = train_task(
+            model, self._training(t), self.config, t, self.steps[t - 1], tokenizer.pad_token_id, checkpoints
+        )
         write_lines(partial / "train.jsonl", records)
         self._seconds = {**seconds, "train": time.perf_counter() - started}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gainlora.config import Config
 from gainlora.data.batches import collate, epoch_batches
 from gainlora.errors import GainLoRAError
+from gainlora.learning.checkpoint import Checkpoints, Records, latest, restore_training
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.progress import track
 
@@ -43,9 +44,9 @@ def target_loss(model: Any, batch: dict[str, Tensor], encoder_decoder: bool) -> 
 
 
 def train_task(
-    model: GainLoRAModel, rows: Any, config: Config, task: int, name: str, pad_id: int
-) -> list[dict[str, float]]:
-    """Train the started branch (and gate) on one task.
+    model: GainLoRAModel, rows: Any, config: Config, task: int, name: str, pad_id: int, checkpoints: Checkpoints
+) -> Records:
+    """Train the started branch (and gate) on one task, from its latest checkpoint if there is one.
 
     The loss is the mean over all target tokens of a batch, however it is split into micro-batches, plus the rule's
     penalty.
@@ -53,6 +54,7 @@ def train_task(
     Args:
         rows: tokenized training examples (`gainlora.data.batches.tokenize`).
         task: 1-based index.
+        checkpoints: where to save; the one that the branch was restored from is found there.
     Returns:
         One record per optimizer step: step, loss (without the penalty), penalty (weighted; of rules that have one),
         learning_rate, examples, seconds.
@@ -81,8 +83,9 @@ def train_task(
     penalties = [p for layer in model.layers.values() if (p := config.rule.penalty(layer)) is not None]
     torch.manual_seed(derive_seed(config.seed, task, "train"))  # the base's own dropout, where it has any
     wrapped.train()
-    records = []
-    for step, batch in enumerate(track(batches, f"train {name}"), start=1):
+    saved = latest(checkpoints.partial)
+    records = restore_training(saved, optimizer, scheduler) if saved else []
+    for step, batch in enumerate(track(batches[len(records) :], f"train {name}"), start=len(records) + 1):
         started = time.perf_counter()
         examples = [rows[i] for i in batch]
         loss = 0.0
@@ -112,6 +115,8 @@ def train_task(
         seconds = time.perf_counter() - started
         record = {"step": step, "loss": loss, **extra, "learning_rate": rate, "examples": len(batch)}
         records.append({**record, "seconds": round(seconds, 4)})
+        if checkpoints.due(step, len(batches)):
+            checkpoints.save(model, optimizer, scheduler, records)
     wrapped.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:

@@ -65,7 +65,8 @@ class BranchRule:
 
     def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
         """Called once a layer when training starts. Returns what gives the layer's penalty (a scalar) at every step,
-        from `layer.new_A` (r, d_in) and `layer.new_B` (d_out, r); None: none."""
+        from `layer.learning`; None: none. It depends on what training leaves alone (frozen branches, `layer.memory`)
+        and on the learned branch as it is at the step, so that training can go on from a checkpoint."""
         return None
 
     def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:

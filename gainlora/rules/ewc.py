@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from gainlora.rules import BranchRule
+from gainlora.rules import Branch, BranchRule, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +27,19 @@ class Rule(BranchRule):
     shared = True
     penalty_weight = 1e4  # ours; usual values lie between 1e2 and 1e5
 
+    def start(self, new: Start) -> Branch:
+        if new.last is not None:
+            new.layer.memory["anchor_A"], new.layer.memory["anchor_B"] = new.last
+        return super().start(new)
+
     def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
-        if "fisher_A" not in layer.memory:
+        if "anchor_A" not in layer.memory:
             return None
-        held = [(now, now.detach().clone(), layer.memory[name]) for now, name in _parameters(layer)]
+        kept = layer.memory
+        held = [(now, kept[f"anchor_{name}"], kept[f"fisher_{name}"]) for now, name in _parameters(layer)]
 
         def penalty() -> Tensor:
-            first, second = [(fisher * (now - then).square()).sum() for now, then, fisher in held]
+            first, second = [(fisher * (now - anchor).square()).sum() for now, anchor, fisher in held]
             return 0.5 * (first + second)
 
         return penalty
@@ -51,9 +57,10 @@ class Rule(BranchRule):
                 assert parameter.grad is not None
                 total += parameter.grad.square()
         for layer, name, _, total in squares:
-            layer.memory[name] = layer.memory.get(name, 0) + total / count
+            layer.memory[f"fisher_{name}"] = layer.memory.get(f"fisher_{name}", 0) + total / count
+            layer.memory.pop(f"anchor_{name}", None)
 
 
 def _parameters(layer: GatedLoRALinear) -> list[tuple[Tensor, str]]:
     A, B = layer.learning
-    return [(A, "fisher_A"), (B, "fisher_B")]
+    return [(A, "A"), (B, "B")]
