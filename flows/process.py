@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         state = flows.continual.continual(**json.loads(arguments[0]), return_state=True)
     except KeyboardInterrupt:
-        print("Interrupted. Finished tasks are kept; the same command goes on after them.", file=sys.stderr)
+        print("Interrupted. What is learned is kept; the same command goes on from there.", file=sys.stderr)
         return 130
     if state.is_completed():
         if "DVC_STAGE" not in os.environ:

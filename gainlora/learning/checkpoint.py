@@ -48,8 +48,14 @@ class Checkpoints:
         """Whether to save after this step of `last`."""
         return step == last or (self.every is not None and step % self.every == 0)
 
-    def save(self, model: GainLoRAModel, optimizer: Any, scheduler: Any, records: Records) -> None:
-        """Write the state after `len(records)` steps, then remove older ones."""
+    def save(
+        self, model: GainLoRAModel, optimizer: Any, scheduler: Any, records: Records, random: dict[str, Tensor]
+    ) -> None:
+        """Write the state after `len(records)` steps, then remove older ones.
+
+        Args:
+            random: `random_states` after these steps.
+        """
         tensors: dict[str, Tensor] = {}
         for name, layer in model.layers.items():
             A, B = layer.learning
@@ -59,9 +65,7 @@ class Checkpoints:
             tensors |= {f"gate.{name}": value for name, value in model.gate.state_dict().items()}
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if model.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
+        tensors |= {f"random.{device}": state for device, state in random.items()}
         target = self.partial / f"checkpoint_{len(records):05d}"
         new = self.partial / f".{target.name}"
         shutil.rmtree(new, ignore_errors=True)
@@ -74,6 +78,12 @@ class Checkpoints:
         seal(new, target)
         for older in set(self.partial.glob("checkpoint_*")) - {target}:
             shutil.rmtree(older)
+
+
+def random_states() -> dict[str, Tensor]:
+    """States of torch's generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def latest(partial: Path) -> Path | None:

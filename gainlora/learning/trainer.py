@@ -15,7 +15,7 @@ from torch import Tensor
 from gainlora.config import Config
 from gainlora.data.batches import collate, epoch_batches
 from gainlora.errors import GainLoRAError
-from gainlora.learning.checkpoint import Checkpoints, Records, latest, restore_training
+from gainlora.learning.checkpoint import Checkpoints, Records, latest, random_states, restore_training
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.progress import track
 
@@ -85,38 +85,42 @@ def train_task(
     wrapped.train()
     saved = latest(checkpoints.partial)
     records = restore_training(saved, optimizer, scheduler) if saved else []
-    for step, batch in enumerate(track(batches[len(records) :], f"train {name}"), start=len(records) + 1):
-        started = time.perf_counter()
-        examples = [rows[i] for i in batch]
-        loss = 0.0
-        tokens = sum(len(e["target_ids"]) for e in examples)
-        for micro in _split(examples, settings.micro_batch_size or settings.batch_size):
-            tensors = {
-                key: value.to(accelerator.device)
-                for key, value in collate(micro, pad_id, model.encoder_decoder, targets=True).items()
-            }
-            part = target_loss(wrapped, tensors, model.encoder_decoder) / tokens
-            accelerator.backward(part)
-            loss += part.item()
-        extra = {}
-        if penalties:
-            extra["penalty"] = _add_penalties(accelerator, penalties, weight)
-        if not math.isfinite(loss + sum(extra.values())):
-            raise GainLoRAError(
-                f"task {name}, step {step}: the loss is {loss}{''.join(f', the penalty {v}' for v in extra.values())}; "
-                "lower train.learning_rate, or set model.dtype to float32."
-            )
-        if settings.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        record = {"step": step, "loss": loss, **extra, "learning_rate": rate, "examples": len(batch)}
-        records.append({**record, "seconds": round(seconds, 4)})
-        if checkpoints.due(step, len(batches)):
-            checkpoints.save(model, optimizer, scheduler, records)
+    random, whole = random_states(), True  # whole: the model is that of len(records) steps
+    try:
+        for step, batch in enumerate(track(batches[len(records) :], f"train {name}"), start=len(records) + 1):
+            started = time.perf_counter()
+            examples = [rows[i] for i in batch]
+            loss = 0.0
+            tokens = sum(len(e["target_ids"]) for e in examples)
+            for micro in _split(examples, settings.micro_batch_size or settings.batch_size):
+                tensors = {
+                    key: value.to(accelerator.device)
+                    for key, value in collate(micro, pad_id, model.encoder_decoder, targets=True).items()
+                }
+                part = target_loss(wrapped, tensors, model.encoder_decoder) / tokens
+                accelerator.backward(part)
+                loss += part.item()
+            penalty = {"penalty": _add_penalties(accelerator, penalties, weight)} if penalties else {}
+            if not math.isfinite(loss + sum(penalty.values())):
+                found = f"the loss is {loss}" + "".join(f", the penalty {value}" for value in penalty.values())
+                remedy = "lower train.learning_rate, or set model.dtype to float32"
+                raise GainLoRAError(f"task {name}, step {step}: {found}; {remedy}.")
+            if settings.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            rate, whole = scheduler.get_last_lr()[0], False
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = round(time.perf_counter() - started, 4)
+            record = {"step": step, "loss": loss, **penalty, "learning_rate": rate, "examples": len(batch)}
+            records.append({**record, "seconds": seconds})
+            random, whole = random_states(), True
+            if checkpoints.due(step, len(batches)):
+                checkpoints.save(model, optimizer, scheduler, records, random)
+    except BaseException as error:
+        if whole and records and not isinstance(error, Exception):  # interrupted, not failed: nothing is lost
+            checkpoints.save(model, optimizer, scheduler, records, random)
+        raise
     wrapped.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from gainlora.learning import stream as stream_module
+from gainlora.learning import trainer
 from gainlora.learning.checkpoint import Checkpoints, latest
 from gainlora.learning.stream import Stream
+from gainlora.learning.trainer import target_loss
 from gainlora.params import load_config
 from tests.unit.test_stream import learn, project
 
@@ -48,11 +50,11 @@ def stop_at(monkeypatch, partial, steps, when) -> None:
     """Let training stop just before or after the checkpoint of that many steps is written."""
     save = Checkpoints.save
 
-    def stopping(self, model, optimizer, scheduler, records):
-        here = self.partial.name.startswith(f".task_{partial}") and len(records) == steps
+    def stopping(self, *state):
+        here = self.partial.name.startswith(f".task_{partial}") and len(state[3]) == steps
         if here and when == "before":
             raise Stopped
-        save(self, model, optimizer, scheduler, records)
+        save(self, *state)
         if here:
             raise Stopped
 
@@ -120,6 +122,27 @@ def test_stopped_in_training_it_goes_on_to_the_same_end(whole, tmp_path, kind, m
     assert latest(partial).name == f"checkpoint_{steps if when == 'after' else steps - 2:05d}"
     torch.manual_seed(random.randrange(1000))  # whatever the generators hold
     run(root, method)
+    assert_equal_runs(root, expected)
+
+
+def test_interrupted_in_a_step_it_keeps_all_steps_before(whole, tmp_path):
+    expected = whole("t5", "gainlora-olora")
+    root = copy_of(expected, tmp_path / "stopped")
+    calls = []
+
+    def interrupted(model, batch, encoder_decoder):
+        calls.append(batch)
+        loss = target_loss(model, batch, encoder_decoder)  # dropout draws its numbers, then Ctrl-C
+        if len(calls) == 6 + 4:
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "target_loss", interrupted)
+        run(root, "gainlora-olora")
+    (partial,) = root.glob("runs/tiny-*/.task_02_*")
+    assert latest(partial).name == "checkpoint_00003"  # between those that were due
+    run(root, "gainlora-olora")
     assert_equal_runs(root, expected)
 
 
