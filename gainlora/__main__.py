@@ -67,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("--out", type=Path, default=Path("results"), help="folder of the files (default: results)")
     results.add_argument("--label", default="", help="names what differs from the plain method, e.g. no-init")
     results.set_defaults(command=_results)
+
+    repair = commands.add_parser("repair", help="drop a run's damaged task and what was learned after it")
+    repair.add_argument("run", type=Path, metavar="RUN", help="a folder under runs/")
+    repair.add_argument(
+        "--from-task", type=int, metavar="K", help="drop task K (from 1) and later ones, damaged or not"
+    )
+    repair.set_defaults(command=_repair)
     return parser
 
 
@@ -78,6 +85,17 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--set", dest="options", action="append", default=[], metavar="OPTION=VALUE", type=_option,
         help="e.g. --set train.learning_rate=5e-4 --set data.train_limit=null",
     )  # fmt: skip
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from gainlora.learning.repair import repair
+
+    kept, gone = repair(options.run, options.from_task)
+    for name in gone:
+        print(f"dropped {name}")
+    again = "; the command that made the run goes on from there" if gone else ""
+    print(f"{options.run}: {kept} good tasks{again}")
+    return 0
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -69,19 +69,18 @@ def verify_checksums(folder: Path) -> None:
     Raises:
         GainLoRAError: a file is missing or changed.
     """
-    for name, expected in read_json(folder / "checksums.json").items():
+    remedy = f"`gainlora repair {os.path.relpath(folder.parent)}` drops back to the last good task"
+    sums = folder / "checksums.json"
+    if not sums.is_file():
+        raise GainLoRAError(f"{sums}: missing; {remedy}.")
+    for name, expected in read_json(sums).items():
         path = folder / name
         if not path.is_file():
-            raise GainLoRAError(
-                f"{path}: missing; remove {folder.name} and later task folders, and run the order again."
-            )
+            raise GainLoRAError(f"{path}: missing; {remedy}.")
         with path.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if found != expected:
-            raise GainLoRAError(
-                f"{path}: changed since it was written (its SHA-256 is not the recorded one); remove {folder.name} and "
-                "later task folders, and run the order again."
-            )
+            raise GainLoRAError(f"{path}: changed since it was written (another SHA-256); {remedy}.")
 
 
 def _replace(path: Path, text: str) -> None:

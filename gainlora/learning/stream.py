@@ -60,9 +60,13 @@ class Stream:
         """Check the configuration against data and model, then make the run folder or find it again.
 
         Raises:
-            GainLoRAError: data or model are not there, or another process works in this folder.
+            GainLoRAError: data or model are not there, another process works in this folder, or a file of a finished
+                task is damaged.
         """
-        return Stream.open(make_run(config, root))
+        folder = make_run(config, root)
+        for task_folder in sorted(folder.glob("task_*")):  # before the run is held: finished tasks never change
+            verify_checksums(task_folder)
+        return Stream.open(folder)
 
     @staticmethod
     def open(folder: Path | str) -> Stream:
