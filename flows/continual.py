@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from flows import versions
 from gainlora.errors import GainLoRAError
 from gainlora.params import load_config, order_names, side_section
 
+Records = tuple[str, dict[str, Any]]
+"""A finished task's folder and what names its step."""
 STEP = "{t}/{total} {name}"
 
 
@@ -34,7 +36,7 @@ def transient(task: Any, run: Any, state: Any) -> bool:
 
 
 RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [1, 5, 15], "retry_condition_fn": transient}
-"""Of steps that write to MLflow."""
+"""Of steps that write to MLflow: a short outage passes by itself."""
 
 
 @flow(name="continual", flow_run_name="{order}", validate_parameters=True)
@@ -76,6 +78,7 @@ def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
     folder, tasks, finished = open_run(order, options, hashes)
     report_start(folder, finished, tasks)
     with tracked(folder) as tracked_run:
+        kept: list[Records] = []  # of finished tasks that MLflow did not take yet
         progress = create_progress_artifact(100 * finished / len(tasks), key=artifact_key("progress", folder))
         for t, name in enumerate(tasks, start=1):
             step = {"folder": folder, "t": t, "total": len(tasks), "name": name}
@@ -84,10 +87,13 @@ def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
             update(**step)
             scores = evaluate(**step)
             task_folder = finish(**step)
-            record(task_folder, tracked_run, **step)
+            kept = deliver([*kept, (task_folder, step)], tracked_run)
             report_task(step, scores, resumed=t <= finished)
             update_progress_artifact(progress, 100 * t / len(tasks))
-        result = conclude(folder, tracked_run)
+        result = stream(folder).result()
+        if kept or not taken(conclude(folder, tracked_run, return_state=True)):
+            where = f"runs/{Path(folder).name}"
+            get_run_logger().warning(f"MLflow does not answer: records stay in {where}, the same command delivers them")
     if order in order_names() and config == load_config(order):  # only what params.yaml says is DVC's business
         publish(order, folder)
     return result
@@ -154,13 +160,11 @@ def record(task_folder: str, tracked_run: str, folder: str, t: int, total: int, 
 
 
 @task(task_run_name="conclude", **RETRIES)
-def conclude(folder: str, tracked_run: str) -> dict[str, Any]:
-    """R, AP, FT and BWT of the whole run, in result.json and in MLflow."""
+def conclude(folder: str, tracked_run: str) -> None:
+    """R, AP, FT and BWT of the whole run in MLflow."""
     from gainlora.tracking import mlflow
 
-    result = stream(folder).result()
     mlflow.finish(Path(folder), tracked_run, section("tracking"), section("report"), Path("."))
-    return result
 
 
 @task(task_run_name="publish {order}")
@@ -186,6 +190,23 @@ def section(name: str) -> dict[str, Any]:
     return side_section(name)
 
 
+def deliver(records: list[Records], tracked_run: str) -> list[Records]:
+    """Record finished tasks in MLflow; those it did not take. Learning goes on without it."""
+    for index, (task_folder, step) in enumerate(records):
+        if not taken(record(task_folder, tracked_run, **step, return_state=True)):
+            get_run_logger().warning(f"MLflow did not take task {step['t']}; it is kept and delivered later")
+            return records[index:]
+    return []
+
+
+def taken(state: Any) -> bool:
+    """Whether MLflow has it. Bad state of the run itself is raised, as ever."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, GainLoRAError):
+        raise error
+    return bool(state.is_completed())
+
+
 @contextmanager
 def tracked(folder: str) -> Iterator[str]:
     """An MLflow run around the steps: FAILED when one fails, KILLED when the flow is cancelled."""
@@ -196,7 +217,8 @@ def tracked(folder: str) -> Iterator[str]:
         yield tracked_run
     except BaseException as error:  # also KeyboardInterrupt and Prefect's TerminationSignal
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        mlflow.fail(tracked_run, status, section("tracking"), Path("."))
+        with suppress(Exception):  # what stopped the run is the error to show
+            mlflow.fail(tracked_run, status, section("tracking"), Path("."))
         raise
 
 

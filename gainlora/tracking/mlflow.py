@@ -198,6 +198,8 @@ def store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, 
     """
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the flow tries again, and learning must not wait
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every file
     for name in ("alembic", "mlflow.store.db.utils"):  # two lines for each of 50 migrations
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """The flow on a real Prefect server with a real worker, a real MLflow store and a tiny random model."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -186,6 +187,58 @@ def test_an_interrupted_run_is_marked_and_goes_on(served):
     assert "finished before" in served.flow(seed=8)
     assert (folder / "task_01_task1" / "scores.json").stat().st_mtime_ns == before
     assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+
+
+def test_mlflow_may_go_away_and_come_back(served, tmp_path):
+    """Learning goes on without the MLflow server; the same command delivers what it missed, once."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def mlflow_server():
+        command = ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", port)
+        environment = {**served.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        process = subprocess.Popen(
+            [*command, "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
+            env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                return process
+            time.sleep(0.2)
+        raise AssertionError("MLflow did not start")
+
+    def runs():
+        with sqlite3.connect(tmp_path / "mlflow.db") as db:
+            return sorted(db.execute("select name, status from runs where lifecycle_stage = 'active'"))
+
+    params = served.folder / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("uri: null", f"uri: {address}"))
+    server = mlflow_server()
+    try:
+        process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 21}))
+        output = ""
+        while "task 1/3" not in output:
+            output += process.stdout.readline()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        output += process.communicate(timeout=400)[0]
+        assert process.returncode == 0, output
+        assert "MLflow did not take task 2" in output and "the same command delivers them" in output
+        (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-21-*")
+        assert (folder / "result.json").exists() and ("task_02_task2", "FINISHED") not in runs()
+
+        server = mlflow_server()
+        assert "does not answer" not in served.flow(seed=21)
+        expected = [(name, "FINISHED") for name in ("task_01_task1", "task_02_task2", "task_03_task3", folder.name)]
+        assert runs() == sorted(expected)
+    finally:
+        params.write_text(before)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_without_a_server_the_command_says_so(tmp_path, model):
