@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "--from-task", type=int, metavar="K", help="drop task K (from 1) and later ones, damaged or not"
     )
     repair.set_defaults(command=_repair)
+
+    rerun = commands.add_parser("rerun", help="learn a run's tasks again from its config.json, and compare")
+    rerun.add_argument("run", type=Path, metavar="RUN", help="a folder under runs/")
+    rerun.set_defaults(command=_rerun)
     return parser
 
 
@@ -96,6 +100,19 @@ def _repair(options: argparse.Namespace) -> int:
     again = "; the command that made the run goes on from there" if gone else ""
     print(f"{options.run}: {kept} good tasks{again}")
     return 0
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from gainlora.learning.rerun import differences, rerun
+
+    for line in differences(options.run):
+        print(f"not as it was: {line}")
+    folder, otherwise = rerun(options.run)
+    for line in otherwise:
+        print(f"came out otherwise: {line}")
+    same = "other results" if otherwise else "the same result: every score and every tensor"
+    print(f"{folder}: {same}")
+    return 1 if otherwise else 0
 
 
 def _option(text: str) -> tuple[str, Any]:

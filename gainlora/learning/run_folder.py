@@ -8,7 +8,7 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from gainlora.config import Config
 from gainlora.data.sources import dvc_hash, resolve_model
@@ -33,18 +33,12 @@ def run_folder(config: Config, root: Path = Path(".")) -> Path:
     return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
 
 
-def make_run(config: Config, root: Path = Path(".")) -> Path:
-    """Make the run folder with config.json and data.json, or find it again.
+def describe(config: Config, root: Path = Path(".")) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json (but for its run_id) and data.json say of a run that is made here and now.
 
     Raises:
-        GainLoRAError: data or model are not there.
+        GainLoRAError: data are not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise GainLoRAError("WORLD_SIZE: several processes cannot share one run; start it without accelerate launch.")
-    resolve_model(config.model.location, root)
-    folder = run_folder(config, root)
-    if (folder / "config.json").exists():
-        return folder
     tasks, skipped = load_order(config.order, config.data, root)
     data = {
         task.name: {
@@ -57,7 +51,6 @@ def make_run(config: Config, root: Path = Path(".")) -> Path:
         for task in tasks
     }
     described = {
-        "run_id": folder.name,
         "order": config.order.name,
         "method": config.method,
         "model": config.model.name,
@@ -71,9 +64,28 @@ def make_run(config: Config, root: Path = Path(".")) -> Path:
         "code": code_digest(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+    return described, data
+
+
+def make_run(config: Config, root: Path = Path("."), name: str | None = None) -> Path:
+    """Make the run folder with config.json and data.json, or find it again.
+
+    Args:
+        name: of the folder under runs/; None: `run_folder`'s.
+
+    Raises:
+        GainLoRAError: data or model are not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GainLoRAError("WORLD_SIZE: several processes cannot share one run; start it without accelerate launch.")
+    resolve_model(config.model.location, root)
+    folder = root.resolve() / "runs" / name if name else run_folder(config, root)
+    if (folder / "config.json").exists():
+        return folder
+    described, data = describe(config, root)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data.json", data)
-    write_json(folder / "config.json", described)  # last: with it the folder is a run
+    write_json(folder / "config.json", {"run_id": folder.name, **described})  # last: with it the folder is a run
     return folder
 
 
