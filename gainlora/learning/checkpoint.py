@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gainlora.errors import GainLoRAError
 from gainlora.learning.files import read_json, seal, verify_checksums, write_json
+from gainlora.model.files import save_tensors
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights
 from gainlora.rules import BranchRule
@@ -70,7 +71,7 @@ class Checkpoints:
         new = self.partial / f".{target.name}"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / STATE)
+        save_tensors(tensors, new / STATE)
         rates = [group["lr"] for group in optimizer.param_groups]
         progress = {"records": records, "scheduler": scheduler.state_dict(), "rates": rates, "seconds": self.seconds}
         write_json(new / PROGRESS, progress)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, not_written
 from gainlora.model.base import load_base, pick_device, pick_dtype
 from gainlora.model.gate import GateWeights
 
@@ -38,17 +38,17 @@ def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     for name, layer in model.layers.items():
         branches[f"{name}.lora_A"] = layer.A.unflatten(0, (-1, r))  # (T, r, d_in)
         branches[f"{name}.lora_B"] = layer.B.unflatten(1, (-1, r)).transpose(0, 1)  # (T, d_out, r)
-    _save(branches, folder / "adapter_model.safetensors")
+    save_tensors(branches, folder / "adapter_model.safetensors")
     if model.gates is not None:
         gates = {f"hidden.{index}": w for index, w in enumerate(model.gates.hidden, start=1)}
-        _save({**gates, "key": model.gates.key}, folder / "gate.safetensors")
+        save_tensors({**gates, "key": model.gates.key}, folder / "gate.safetensors")
     bases = {f"gate.{index}": m for index, m in enumerate(model.gate_memory, start=1)}
     for group, basis in model.layer_memory.items():
         bases.update({f"layer.{group}.{block}": u for block, u in enumerate(basis)})
-    _save(bases, folder / "subspace.safetensors")
+    save_tensors(bases, folder / "subspace.safetensors")
     kept = {f"{name}:{key}": t for name, layer in model.layers.items() for key, t in layer.memory.items()}
     if kept:
-        _save(kept, folder / "rule.safetensors")
+        save_tensors(kept, folder / "rule.safetensors")
 
 
 def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) -> GainLoRAModel:
@@ -112,8 +112,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors, from whichever device, as safetensors.
+
+    Raises:
+        GainLoRAError: the file cannot be written.
+    """
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from None
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -166,6 +166,30 @@ def test_no_checkpoints_when_none_are_asked_for(tmp_path):
     assert stream.finished == 3 and not list(stream.folder.rglob("*checkpoint*"))
 
 
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_when_the_disk_is_full_it_says_so_and_goes_on_once_there_is_room(whole, tmp_path, share):
+    """A limit on the size of files stands for the disk; it fails at another file each."""
+    expected = whole("llama", "gainlora-inflora")
+    room = int(share * max(path.stat().st_size for path in expected.glob("runs/*/task_*/*")))
+    root = copy_of(expected, tmp_path / "full")
+    limited = (
+        "import resource, signal, sys; from pathlib import Path; from tests.unit.test_checkpoint import run\n"
+        "from gainlora.errors import GainLoRAError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, -1))\n"
+        "try: run(Path(sys.argv[1]), sys.argv[2])\n"
+        "except GainLoRAError as error: sys.exit(f'error: {error}')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-B", "-c", limited, root, "gainlora-inflora"],  # -B: nor can bytecode be written
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "not written: " in ended.stderr and "the same command again" in ended.stderr
+    run(root, "gainlora-inflora")
+    assert_equal_runs(root, expected)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_never_stopped(whole, tmp_path):
     """SIGKILL at 20 moments, wherever they fall, of as many streams as it takes."""
