@@ -233,8 +233,9 @@ def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> 
     each = "  ".join(f"{name} {score:.{decimals}f}" for name, score in scores["scores"].items())
     seconds = sum(scores["seconds"].values())
     when = "finished before" if resumed else f"{int(seconds // 60)} min {seconds % 60:02.0f} s"
+    cut = f" | {scores['truncated']} training examples cut to length" if scores.get("truncated") else ""
     get_run_logger().info(
-        f"task {step['t']}/{step['total']} {step['name']} | {each} | AP {scores['AP']:.{decimals}f} | {when}"
+        f"task {step['t']}/{step['total']} {step['name']} | {each} | AP {scores['AP']:.{decimals}f} | {when}{cut}"
     )
     create_markdown_artifact(
         matrix_markdown(step["folder"], step["t"], decimals),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from gainlora.errors import GainLoRAError
+from gainlora.reading import parse_yaml
 
 if TYPE_CHECKING:
     from gainlora.config import Config
+
+
+NO_ROOM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GainLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # full disk, read-only folder
-        print(f"error: {error.filename}: {error.strerror}; make it writable or free space.", file=sys.stderr)
+    except OSError as error:  # full disk, read-only folder, a file where a folder should be
+        remedy = "make it writable or free space" if error.errno in NO_ROOM else "name another place"
+        print(f"error: {error.filename}: {error.strerror or error}; {remedy}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -121,9 +125,9 @@ def _option(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r}: the value is not valid YAML") from None
+        return name, parse_yaml(value, name, "quote it")
+    except GainLoRAError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _fetch(options: argparse.Namespace) -> int:
@@ -140,15 +144,13 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any]:
     """The options laid over params.yaml, by their dotted names."""
-    overrides = dict(options.options)
-    if method is not None:
-        overrides["method"] = method
-    if options.seed is not None:
-        overrides["seed"] = options.seed
-    if options.model is not None:
-        overrides["model.name"] = options.model
-    if options.skip_incomplete:
-        overrides["data.skip_incomplete"] = True
+    named: dict[str, Any] = {"method": method, "seed": options.seed, "model.name": options.model}
+    named["data.skip_incomplete"] = options.skip_incomplete or None
+    given = [*options.options, *((name, value) for name, value in named.items() if value is not None)]
+    overrides = dict(given)
+    for name in overrides:
+        if [other for other, _ in given].count(name) > 1:
+            raise GainLoRAError(f"{name}: given twice on the command line; give it once.")
     return overrides
 
 

@@ -2,9 +2,16 @@
 
 from pathlib import Path
 
+LONGEST = 2000
+"""Characters of a message; a longer one loses its middle, as the remedy is at its end."""
+
 
 class GainLoRAError(Exception):
-    """A wrong input, option or state: names the option or file, the value, and the remedy."""
+    """A wrong input, option or state: names the option or file, the value, and the remedy, on one line."""
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def not_written(path: Path, error: Exception) -> GainLoRAError:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gainlora.config import Config
 from gainlora.errors import GainLoRAError
 from gainlora.plain import build, nearest, set_option
+from gainlora.reading import read_yaml, shown
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ def load_config(
     for section in SIDE_SECTIONS:  # checked now, though what is learned does not depend on them
         side_section(section, params)
         raw.pop(section, None)
+    if "order" in raw:
+        raise GainLoRAError(f"{params}: order: unknown option; did you mean 'orders'.")
     models = raw.pop("models", None) or {}
     name, spec, where = _order(order, raw.pop("orders", None), params)
     settings = spec.get("settings") or {} if isinstance(spec, dict) else None
@@ -107,7 +108,7 @@ def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
 def _model_layers(models: Any, name: Any, template: Any, params: str | Path) -> dict[str, dict[str, Any]]:
     """A known model's values by where they stand: for every order, then for this template; none for another model."""
     if not isinstance(models, dict):
-        raise GainLoRAError(f"{params}: models: got {models!r}, expected model names with options.")
+        raise GainLoRAError(f"{params}: models: got {shown(models)}, expected model names with options.")
     where = f"{params}: models.{name}"
     entry = models.get(str(name)) or {}
     special = {key: entry[key] or {} for key in TEMPLATES if key in entry} if isinstance(entry, dict) else None
@@ -141,14 +142,9 @@ def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
         GainLoRAError: not there, not YAML, or not a mapping.
     """
     path = Path(params)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GainLoRAError(f"{path}: {error.strerror}; run from the project's folder, which holds it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GainLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path, "run from the project's folder, which holds it", "correct it")
     if not isinstance(raw, dict):
-        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections.")
+        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections; write it as `section:` and options.")
     return raw
 
 

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gainlora.errors import GainLoRAError
+from gainlora.reading import shown
 
 
 def set_option(values: dict[str, Any], option: str, value: Any, source: str) -> None:
     """values["a"]["b"] = value for option "a.b"."""
     *sections, name = option.split(".")
+    if not all((*sections, name)):
+        raise GainLoRAError(f"{source}: {shown(option)} is no option; write <section>.<name>.")
     here = values
     for section in sections:
         inner = here.get(section) or {}
@@ -29,7 +32,7 @@ def set_option(values: dict[str, Any], option: str, value: Any, source: str) -> 
 def build(cls: type, values: Any, path: str) -> Any:
     """Make the dataclass from plain values, checking names and types."""
     if not isinstance(values, Mapping):
-        raise GainLoRAError(f"{path.rstrip('.')}: got {values!r}, expected a section with options.")
+        raise GainLoRAError(f"{path.rstrip('.')}: got {shown(values)}, expected a section with options.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
@@ -46,6 +49,8 @@ def build(cls: type, values: Any, path: str) -> Any:
 
 def _value(hint: Any, value: Any, option: str) -> Any:
     """`value` as the annotated type, or an error that names the option."""
+    if type(value) is int and value.bit_length() > 63:
+        raise GainLoRAError(f"{option}: {shown(value)} is too large; give at most 63 bits.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, option + ".")
@@ -56,11 +61,11 @@ def _value(hint: Any, value: Any, option: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise GainLoRAError(f"{option}: {value!r} is not one of {', '.join(map(str, args))}.")
+        raise GainLoRAError(f"{option}: {shown(value)} is not one of {', '.join(map(str, args))}.")
     if origin is tuple:
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
-        raise GainLoRAError(f"{option}: got {value!r}, expected a list of names.")
+        raise GainLoRAError(f"{option}: got {shown(value)}, expected a list of names.")
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 (no dot) as text
         try:
             return float(value)
@@ -71,7 +76,7 @@ def _value(hint: Any, value: Any, option: str) -> Any:
     if type(value) is hint:
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise GainLoRAError(f"{option}: got {value!r}, expected {expected}.")
+    raise GainLoRAError(f"{option}: got {shown(value)}, expected {expected}.")
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlora.errors import GainLoRAError
+from gainlora.reading import read_yaml
 
 EMBEDDED_MODEL = "smollm2-135m"
 """Name of the embedded model: SmolLM2-135M-Instruct, converted by `fetch_embedded`."""
@@ -120,7 +121,10 @@ def resolve_model(name: str, root: Path = Path(".")) -> str:
         if problem:
             raise GainLoRAError(f"model.name: {name}: {problem}; get it by `gainlora fetch embedded`.")
         return str(folder)
-    local = root / Path(name).expanduser()
+    try:
+        local = root / Path(name).expanduser()
+    except RuntimeError:
+        raise GainLoRAError(f"model.name: {name}: no such user; write the folder without '~'.") from None
     if local.is_dir():
         if not (local / "config.json").is_file() or not list(local.glob("*.safetensors")):
             raise GainLoRAError(
@@ -140,8 +144,6 @@ def dvc_hash(path: Path, root: Path = Path(".")) -> str | None:
 
     Reads .dvc and dvc.lock files as they stand, so it works while `dvc repro` holds DVC's lock.
     """
-    import yaml
-
     goal = (root / path).resolve()
     records = [root / "dvc.lock", *sorted(root.glob("*/dvc.lock"))]
     records += [p.with_name(p.name + ".dvc") for p in (goal, *goal.parents) if root.resolve() in p.parents]
@@ -149,7 +151,7 @@ def dvc_hash(path: Path, root: Path = Path(".")) -> str | None:
     for record in records:
         if not record.is_file():
             continue
-        content: Any = yaml.safe_load(record.read_text(encoding="utf-8")) or {}
+        content: Any = read_yaml(record, "run again", "correct it, or restore it with git")
         stages = (content.get("stages") or {}).values() if record.name == "dvc.lock" else [content]
         for out in (o for stage in stages for o in stage.get("outs") or [] if o.get("md5")):
             place = (record.parent / out["path"]).resolve()

@@ -5,7 +5,8 @@ A task is a folder with train.json and test.json in the format of the CL benchma
     {"Definition": ["..."], "Instances": [{"input": "...", "output": "..." or ["...", ...]}, ...], ...}
 
 `Definition` may be a list (its first entry counts), a string, empty or absent; other keys are ignored.
-dev.json is a copy of test.json in the benchmark and never read. All text is stripped at both ends, since
+dev.json is a copy of test.json in the benchmark and never read, nor is labels.json: the benchmark's own answers are not
+all in it (qqp declares True and False and answers yes and no). All text is stripped at both ends, since
 some inputs of the benchmark end in a line break and some do not: exactly one stands before "Output: ".
 Prompt templates: the authors' (GainLoRA, NeurIPS 2025).
 """
@@ -13,7 +14,6 @@ Prompt templates: the authors' (GainLoRA, NeurIPS 2025).
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 
 from gainlora.config import DataConfig, OrderConfig
 from gainlora.errors import GainLoRAError
+from gainlora.reading import parse_json, read_bytes, shown
 
 FILES = ("train.json", "test.json")
 """What a complete task folder holds."""
+REMEDY = "correct it or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def read_task(folder: Path, template: str, metric: str) -> Task:
     splits: list[list[Example]] = []
     blank = 0
     for name in FILES:
-        content = _read(folder / name)
+        content = read_bytes(folder / name, "a task folder holds train.json and test.json", REMEDY)
         digest.update(hashlib.sha256(content).digest())
         raw = _parse(content, folder / name)
         definitions.append(_definition(raw, folder / name))
@@ -148,29 +150,8 @@ def _subset(examples: tuple[Example, ...], limit: int | None, key: str) -> tuple
     return tuple(examples[i] for i in sorted(order[:limit]))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise GainLoRAError(f"{path}: missing; a task folder holds train.json and test.json.") from None
-    except OSError as error:
-        raise GainLoRAError(f"{path}: cannot be read ({error.strerror}); make it a readable file.") from None
-    if not content.strip():
-        raise GainLoRAError(f"{path}: empty; fetch or write it again.")
-    return content
-
-
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise GainLoRAError(f"{path}: not UTF-8 (byte {error.start}); save it again as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise GainLoRAError(
-            f"{path}: not JSON: {error.msg} (line {error.lineno}, column {error.colno}); correct it or fetch it again."
-        ) from None
-    except RecursionError:
-        raise GainLoRAError(f"{path}: nested too deeply; expected an object with 'Instances'.") from None
+    raw = parse_json(content, path, REMEDY)
     if not isinstance(raw, dict):
         raise GainLoRAError(f"{path}: holds {_kind(raw)}; expected an object with 'Definition' and 'Instances'.")
     return raw
@@ -236,4 +217,4 @@ def _text(value: Any, where: str, remedy: str) -> str:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"the number {value}")
+    return names.get(type(value)) or f"the number {shown(value)}"

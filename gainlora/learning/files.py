@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gainlora import reading
 from gainlora.errors import GainLoRAError, not_written
+
+DAMAGED = "remove its folder and run the order again"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,18 +26,18 @@ def write_lines(path: Path, records: Iterable[Any]) -> None:
     _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def read_json(path: Path) -> Any:
-    """The file's content.
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object in the file, which has at least these keys.
 
     Raises:
-        GainLoRAError: not there, or not JSON.
+        GainLoRAError: not there, or no JSON object.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GainLoRAError(f"{path}: not found; name a folder under runs/, or run the order again.") from None
-    except ValueError as error:
-        raise GainLoRAError(f"{path}: damaged: {error}; remove its folder and run the order again.") from None
+    content = reading.read_json(path, "name a folder under runs/, or run the order again", DAMAGED)
+    if not isinstance(content, dict):
+        raise GainLoRAError(f"{path}: holds no JSON object; {DAMAGED}.")
+    if lacking := [key for key in keys if key not in content]:
+        raise GainLoRAError(f"{path}: lacks {', '.join(lacking)}; {DAMAGED}.")
+    return content
 
 
 def flush(folder: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from gainlora.errors import GainLoRAError
-from gainlora.learning.files import read_json, verify_checksums
+from gainlora.learning.files import DAMAGED, read_json, verify_checksums
 from gainlora.learning.run_folder import hold
 
 
@@ -20,7 +20,9 @@ def repair(folder: Path, from_task: int | None = None) -> tuple[int, list[str]]:
         GainLoRAError: no run folder, no such task in it, or another process works in it.
     """
     described = read_json(folder / "config.json")
-    steps = described.get("steps", described["tasks"])  # folders of version 0.1.0 name tasks only
+    steps = described.get("steps") or described.get("tasks")  # folders of version 0.1.0 name tasks only
+    if not isinstance(steps, list) or not all(isinstance(name, str) for name in steps):
+        raise GainLoRAError(f"{folder / 'config.json'}: names no tasks; {DAMAGED}.")
     with hold(folder):
         folders = [folder / f"task_{t:02d}_{name}" for t, name in enumerate(steps, start=1)]
         partial = {path: path.with_name(f".{path.name}.partial") for path in folders}

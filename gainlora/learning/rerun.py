@@ -20,7 +20,8 @@ def differences(folder: Path) -> list[str]:
     Raises:
         GainLoRAError: no run folder, or its data or model are not there.
     """
-    then, then_data = read_json(folder / "config.json"), read_json(folder / "data.json")
+    keys = ("config", "code", "dtype", "device", "tasks", "versions")
+    then, then_data = read_json(folder / "config.json", *keys), read_json(folder / "data.json")
     now, now_data = describe(from_dict(then["config"]), folder.resolve().parent.parent)
     pairs = {key: (then[key], now[key]) for key in ("code", "dtype", "device", "tasks")}
     pairs |= {name: (version, now["versions"].get(name)) for name, version in then["versions"].items()}
@@ -38,7 +39,7 @@ def rerun(folder: Path) -> tuple[Path, list[str]]:
         GainLoRAError: no run folder, or its data or model are not there.
     """
     folder = folder.resolve()
-    config = from_dict(read_json(folder / "config.json")["config"])
+    config = from_dict(read_json(folder / "config.json", "config")["config"])
     stream = Stream.open(make_run(config, folder.parent.parent, f"{folder.name}.rerun"))
     for t in range(1, len(stream.steps) + 1):
         stream.finish(t)

@@ -17,7 +17,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning.files import write_json
 from gainlora.model.base import pick_device, pick_dtype
 
-LEARNING_CODE = ("config.py", "plain.py", "data", "model", "rules", "learning")
+LEARNING_CODE = ("config.py", "plain.py", "reading.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
 ALL_TASKS = "all_tasks"
 """Name of the only step of a method that learns all tasks at once."""

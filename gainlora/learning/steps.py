@@ -95,15 +95,15 @@ def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task
         keep = threshold_at(settings.threshold, task, horizon)
         covariances = layer_covariances(model, examples.batches("inputs"))
         for group, basis in model.layer_memory.items():
-            model.layer_memory[group] = expand_blocks(basis, covariances[group], keep, settings.energy)
+            model.layer_memory[group] = expand_blocks(basis, covariances[group], keep, settings.energy, group)
     if config.gated:
         assert model.gates is not None
         keep = threshold_at(settings.gate_threshold, task, horizon)
         gate = Gate(model.gates.last(), model.gate_memory, config.gate.score).to(model.device)
         features = gate_covariances(model, gate, examples.batches("features"))
         model.gate_memory = [
-            expand_basis(memory, covariance, keep, settings.energy)
-            for memory, covariance in zip(model.gate_memory, features, strict=True)
+            expand_basis(memory, covariance, keep, settings.energy, f"gate layer {index}")
+            for index, (memory, covariance) in enumerate(zip(model.gate_memory, features, strict=True), start=1)
         ]
 
 

@@ -33,7 +33,7 @@ from gainlora.learning.metrics import average_performance, backward_transfer, fo
 from gainlora.learning.run_folder import hold, make_run
 from gainlora.learning.steps import Examples, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
-from gainlora.model.base import load_base, pick_device
+from gainlora.model.base import check_positions, load_base, pick_device
 from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 
 
@@ -42,7 +42,7 @@ class Stream:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder.parent.parent
-        described = read_json(folder / "config.json")
+        described = read_json(folder / "config.json", "run_id", "config", "tasks", "steps", "skipped", "dtype")
         self.run_id: str = described["run_id"]
         self.config: Config = from_dict(described["config"])
         self.tasks: list[str] = described["tasks"]
@@ -249,6 +249,7 @@ class Stream:
         config = self.config
         self._loaded = None  # never two bases in memory
         base, tokenizer = load_base(resolve_model(config.model.location, self.root), self.dtype)
+        check_positions(base, config.data.max_prompt_tokens, config.data.max_target_tokens)
         base.to(pick_device())
         if k == 0:
             adapter = GainLoRAConfig(

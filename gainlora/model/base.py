@@ -6,12 +6,12 @@ its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gainlora.errors import GainLoRAError
@@ -55,23 +55,27 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         source: local folder or hub id.
 
     Raises:
-        GainLoRAError: it cannot be loaded, or is neither encoder-decoder nor a causal language model.
+        GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, or has fewer
+            positions than the data need.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a run has bars of its own
     loaded: dict[str, Any]
+    part = "config.json"
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # unsaid, it would ask, and wait
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        part = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        part = "model"
         model, loaded = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # of any kind: transformers does not check the types in a folder's JSON files
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(
-            f"model.name: {source!r} cannot be loaded as a T5- or Llama-like model: {reason}; give a hub id that you "
-            "have access to, or a folder with config.json, safetensors weights and a tokenizer."
+            f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason}); give a hub id "
+            "that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
         ) from None
     if loaded["missing_keys"]:  # transformers would go on with random ones
         raise GainLoRAError(
@@ -79,12 +83,14 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
         raise GainLoRAError(
-            f"model.name: {source!r}: its tokenizer has more tokens than the model; they do not belong."
+            f"model.name: {source!r}: its tokenizer has more tokens than the model; give the model's own."
         )
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
-        raise GainLoRAError(f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end.")
+        raise GainLoRAError(
+            f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end; set its eos_token."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere
     # What generate() is not told it takes from here: plain greedy search, no penalties that a checkpoint came with.
@@ -96,6 +102,27 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_positions(model: Any, max_prompt_tokens: int, max_target_tokens: int) -> None:
+    """Refuse a model that looks positions up in a table shorter than what it will be given.
+
+    Rotary and relative positions have no end, whatever config.json says of max_position_embeddings.
+
+    Raises:
+        GainLoRAError: a prompt and its answer (encoder-decoder: either) can be longer than the table.
+    """
+    most = getattr(model.config, "max_position_embeddings", None) or 0
+    held = [*model.named_parameters(), *model.named_buffers()]
+    table = any(t.dim() == 2 and len(t) >= most > 0 and re.search("wpe|position", name) for name, t in held)
+    joined = not model.config.is_encoder_decoder
+    needed = max_prompt_tokens + max_target_tokens if joined else max(max_prompt_tokens, max_target_tokens)
+    if table and needed > most:
+        raise GainLoRAError(
+            f"data.max_prompt_tokens: {max_prompt_tokens}{' and' if joined else ' or'} data.max_target_tokens: "
+            f"{max_target_tokens} are more than the {most} positions of this {type(model).__name__}; lower "
+            f"data.max_prompt_tokens to {most - max_target_tokens * joined} or less."
+        )
 
 
 def find_targets(model: Any, names: Sequence[str] | None) -> list[str]:

@@ -10,20 +10,24 @@ rule.safetensors            <layer>:<name>: what the branch rule keeps from task
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gainlora.errors import GainLoRAError, not_written
 from gainlora.model.base import load_base, pick_device, pick_dtype
-from gainlora.model.gate import GateWeights
+from gainlora.model.gate import GateWeights, widths
+from gainlora.plain import build
+from gainlora.reading import read_json, shown
 
 if TYPE_CHECKING:
-    from gainlora.model.gainlora_model import GainLoRAModel
+    from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 
 FORMAT = "gainlora-2"
 
@@ -54,62 +58,97 @@ def save_adapter(model: GainLoRAModel, folder: Path) -> None:
 def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) -> GainLoRAModel:
     """The inverse of `save_adapter`; see `GainLoRAModel.from_pretrained`."""
     from gainlora.data.sources import resolve_model
-    from gainlora.model.gainlora_model import GainLoRAConfig
 
-    values = _read_config(folder)
-    lists = {name: value and tuple(value) for name, value in values.items() if name in ("targets", "tasks")}
-    config = GainLoRAConfig(**{**values, **lists})
+    config = _read_config(folder)
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()))
         base.to(pick_device())
     model = cls(base, config)
-    branches = _load(folder / "adapter_model.safetensors")
+    branches = _Tensors(folder / "adapter_model.safetensors", config)
+    first = next(iter(model.layers))
+    stacked = branches.length(f"{first}.lora_A")
     for name, layer in model.layers.items():
-        A, B = branches.pop(f"{name}.lora_A", None), branches.pop(f"{name}.lora_B", None)
-        expected = (config.rank, layer.base.in_features), (layer.base.out_features, config.rank)
-        if A is None or B is None or (A.shape[1:], B.shape[1:]) != expected:
-            raise GainLoRAError(
-                f"{folder / 'adapter_model.safetensors'}: {name} is missing or of another shape; these branches belong "
-                f"to another base model than {config.base_model!r}, or to another rank than {config.rank}."
-            )
+        A = branches.take(f"{name}.lora_A", stacked, config.rank, layer.base.in_features)
+        B = branches.take(f"{name}.lora_B", stacked, layer.base.out_features, config.rank)
         layer.A = A.flatten(0, 1).to(model.device)  # (T*r, d_in)
         layer.B = B.transpose(0, 1).flatten(1).to(model.device)  # (d_out, T*r)
-    if branches:
-        raise GainLoRAError(
-            f"{folder / 'adapter_model.safetensors'}: {next(iter(branches))} is no layer of base model "
-            f"{config.base_model!r}."
-        )
+    branches.finish()
+    shape = widths(model.width, config.gate_hidden, config.gate_depth)
     if config.gated and config.tasks:
-        gates = {name: w.to(model.device) for name, w in _load(folder / "gate.safetensors").items()}
-        model.gates = GateWeights([gates[f"hidden.{i + 1}"] for i in range(config.gate_depth)], gates["key"])
-    bases = _load(folder / "subspace.safetensors")
-    model.gate_memory = [bases[f"gate.{i + 1}"].to(model.device) for i in range(len(model.gate_memory))]
+        gates = _Tensors(folder / "gate.safetensors", config)
+        hidden = [
+            gates.take(f"hidden.{i}", stacked, outputs, inputs)
+            for i, (inputs, outputs) in enumerate(itertools.pairwise(shape), start=1)
+        ]
+        model.gates = GateWeights(hidden, gates.take("key", stacked, model.width)).to(model.device)
+        gates.finish()
+    bases = _Tensors(folder / "subspace.safetensors", config)
+    model.gate_memory = [bases.take(f"gate.{i}", d, None).to(model.device) for i, d in enumerate(shape, start=1)]
     model.layer_memory = {
-        group: tuple(bases[f"layer.{group}.{block}"].to(model.device) for block in range(len(basis)))
+        group: tuple(
+            bases.take(f"layer.{group}.{block}", len(empty), None).to(model.device) for block, empty in enumerate(basis)
+        )
         for group, basis in model.layer_memory.items()
     }
+    bases.finish()
     if (folder / "rule.safetensors").exists():
-        for key, tensor in _load(folder / "rule.safetensors").items():
-            name, _, kept = key.rpartition(":")
-            model.layers[name].memory[kept] = tensor.to(model.device)
+        kept = _Tensors(folder / "rule.safetensors", config)
+        for key in list(kept.left):
+            name, _, what = key.rpartition(":")
+            if name in model.layers:
+                model.layers[name].memory[what] = kept.left.pop(key).to(model.device)
+        kept.finish()
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GainLoRAError(
-            f"{path}: not found; give a task folder of a run (runs/<run>/task_<k>_<name>) or adapters/<order>."
-        ) from None
-    except ValueError as error:
-        raise GainLoRAError(f"{path}: not valid JSON: {error}") from None
+class _Tensors:
+    """A file's tensors, taken one by one: each must be there, of the shape that config and base model ask for."""
+
+    def __init__(self, path: Path, config: GainLoRAConfig) -> None:
+        self.path, self.left = path, _load(path)
+        self.other = (
+            f"belongs to another base model than {config.base_model!r} or another rank than {config.rank}; give its "
+            "own base model, or restore the folder from a copy"
+        )
+
+    def length(self, name: str) -> int:
+        """Number of branches in a tensor, 0 where it is not there."""
+        return len(self.left[name]) if name in self.left and self.left[name].dim() else 0
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """The tensor of that name; None stands for any size."""
+        found = self.left.pop(name, None)
+        sizes = list(found.shape) if found is not None else []
+        if len(sizes) != len(shape) or any(s not in (None, n) for s, n in zip(shape, sizes, strict=True)):
+            what = "missing" if found is None else f"of shape {sizes}, expected {list(shape)}"
+            raise GainLoRAError(f"{self.path}: {name} is {what}; the file {self.other}.")
+        assert found is not None
+        if found.dtype != torch.float32:
+            raise GainLoRAError(f"{self.path}: {name} is {found.dtype}, expected float32; learn the adapter again.")
+        return found
+
+    def finish(self) -> None:
+        """Nothing may be left over."""
+        for name in self.left:
+            raise GainLoRAError(f"{self.path}: {name} has no place; the file {self.other}.")
+
+
+def _read_config(folder: Path) -> GainLoRAConfig:
+    from gainlora.model.gainlora_model import GainLoRAConfig
+
+    path, damaged = folder / "adapter_config.json", "restore the folder from a copy"
+    absent = "give a task folder of a run (runs/<run>/task_<k>_<name>) or adapters/<order>"
+    values = read_json(path, absent, damaged)
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
         older = " of an older version; learn it again" if str(found).startswith("gainlora-") else ""
-        raise GainLoRAError(f"{path}: format {found!r}{older or ' is no GainLoRA adapter'}; this reads {FORMAT!r}.")
-    return values
+        raise GainLoRAError(
+            f"{path}: format {shown(found)}{older or ' is no GainLoRA adapter'}; this reads {FORMAT!r}; {absent}."
+        )
+    try:
+        return cast(GainLoRAConfig, build(GainLoRAConfig, values, ""))
+    except GainLoRAError as error:
+        raise GainLoRAError(f"{path}: {error} Or {damaged}.") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -129,6 +168,6 @@ def _load(path: Path) -> dict[str, Tensor]:
         # cloned: a memory-mapped tensor's alignment differs from an allocated one's, and with it BLAS's last bit
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError:
-        raise GainLoRAError(f"{path}: not found; the adapter's folder is incomplete.") from None
-    except SafetensorError as error:
+        raise GainLoRAError(f"{path}: not found; the adapter's folder is incomplete; restore it from a copy.") from None
+    except (OSError, SafetensorError) as error:
         raise GainLoRAError(f"{path}: damaged: {error}; restore the folder from a copy.") from None

@@ -45,6 +45,13 @@ class GainLoRAConfig:
     horizon: int = 1
     """H of the threshold schedule that the bases were built with."""
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "gate_hidden", "gate_depth", "covariance_blocks", "horizon"):
+            if getattr(self, name) < 1:
+                raise GainLoRAError(f"{name}: {getattr(self, name)} is too small; give at least 1.")
+        if not 0 < self.alpha < float("inf"):
+            raise GainLoRAError(f"alpha: {self.alpha} must be a finite number above 0.")
+
     @property
     def gated(self) -> bool:
         """Whether there are gates."""

@@ -77,7 +77,7 @@ def project_out(x: Tensor, basis: Tensor) -> Tensor:
     return x - (x @ basis) @ basis.T
 
 
-def principal_directions(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def principal_directions(covariance: Tensor, basis: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Left singular vectors and values of R = (I - U U^T) C, largest first.
 
     They are the eigenvectors of the symmetric R R^T: several times faster than a full SVD of R. The
@@ -86,13 +86,24 @@ def principal_directions(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Ten
     Args:
         covariance: C (d, d), symmetric.
         basis: U (d, k), orthonormal columns.
+        name: whose inputs these are.
     Returns:
         Directions (d, n), orthonormal and orthogonal to U, those above `NUMERICAL_ZERO` of ||C||_F; all singular
         values (d,). float64.
+
+    Raises:
+        GainLoRAError: the decomposition does not converge.
     """
     c, u = covariance.double(), basis.double()
     residual = c - u @ (u.T @ c)
-    squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
+    try:
+        squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise GainLoRAError(
+            f"{name}: the covariance of its inputs cannot be decomposed ({reason}); lower train.learning_rate, set "
+            "model.dtype to float32, or run on another device."
+        ) from None
     sigma = squares.clamp_min(0).sqrt().flip(0)
     vectors = vectors.flip(1)
     # the scale of C, not of R: what rounding leaves of an exhausted R is no direction
@@ -103,7 +114,7 @@ def principal_directions(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Ten
 
 
 def expand_basis(
-    basis: Tensor, covariance: Tensor, threshold: float, energy: Literal["covariance", "representation"]
+    basis: Tensor, covariance: Tensor, threshold: float, energy: Literal["covariance", "representation"], name: str
 ) -> Tensor:
     """U with the fewest further directions that hold `threshold` of C's energy; old columns stay as they are.
 
@@ -111,11 +122,11 @@ def expand_basis(
     R. A first basis gets at least one direction; none holds more than the numerical rank.
 
     Args:
-        basis: U (d, k). covariance: C (d, d). threshold: in (0, 1].
+        basis: U (d, k). covariance: C (d, d). threshold: in (0, 1]. name: for errors.
     Returns:
         (d, k') with k' >= k, orthonormal.
     """
-    directions, sigma = principal_directions(covariance, basis)
+    directions, sigma = principal_directions(covariance, basis, name)
     if energy == "covariance":
         added, total = sigma.square(), covariance.double().square().sum()
     else:  # C is positive semidefinite: its singular values sum to its trace
@@ -135,7 +146,7 @@ def top_directions(basis: Tensor, covariance: Tensor, count: int, name: str) -> 
     Raises:
         GainLoRAError: fewer directions are left; `name` says in which layer.
     """
-    directions, _ = principal_directions(covariance, basis)
+    directions, _ = principal_directions(covariance, basis, name)
     if directions.shape[1] < count:
         raise GainLoRAError(
             f"lora.rank: {count} is more than the {directions.shape[1]} input directions that old tasks leave free "
@@ -150,10 +161,10 @@ def empty_basis(width: int, blocks: int = 1, device: torch.device | None = None)
 
 
 def expand_blocks(
-    basis: Basis, covariances: Tensor, threshold: float, energy: Literal["covariance", "representation"]
+    basis: Basis, covariances: Tensor, threshold: float, energy: Literal["covariance", "representation"], name: str
 ) -> Basis:
     """`expand_basis` in every block."""
-    return tuple(expand_basis(u, c, threshold, energy) for u, c in zip(basis, covariances, strict=True))
+    return tuple(expand_basis(u, c, threshold, energy, name) for u, c in zip(basis, covariances, strict=True))
 
 
 def design_A(basis: Basis, covariances: Tensor, rank: int, name: str) -> Tensor:

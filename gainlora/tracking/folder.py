@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gainlora import reading
 from gainlora.config import Config
 from gainlora.errors import GainLoRAError
 
@@ -120,7 +121,7 @@ def read_run(folder: Path) -> Run:
         folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["steps"], start=1)]
         steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
         return checked(Run(config, read_json(folder / "data.json"), steps, folder=folder))
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise GainLoRAError(f"{folder}: damaged ({error} is missing in its files); delete it and run again.") from None
 
 
@@ -141,11 +142,12 @@ def checked(run: Run) -> Run:
     """The run, if what every reader needs is there. Options that its version did not know yet have their defaults.
 
     Raises:
-        KeyError, TypeError: it is not.
+        LookupError, TypeError, AttributeError: it is not.
     """
     run = replace(run, config={**run.config, "config": _with_defaults(run.config["config"])})
     _ = run.run_id, run.model, run.result, run.config["code"], run.config["dtype"], run.config["config"]["gate"]
     _ = [(run.data[task]["sha256"], run.data[task]["test"]) for task in run.tasks]
+    _ = [score + 0.0 for row in run.R for score in row if score is not None]  # numbers
     _ = [(step.scores["seconds"]["train"], step.subspace["gate"]) for step in run.steps]
     return run
 
@@ -182,18 +184,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """One JSON object.
 
     Raises:
-        GainLoRAError: not there, or not JSON.
+        GainLoRAError: not there, or no JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-        return content
-    except OSError as error:
-        reason = f"{path}: {error.strerror}; name a folder that `gainlora run` wrote under runs/."
-        raise GainLoRAError(reason) from None
-    except ValueError as error:
-        raise GainLoRAError(f"{path}: damaged ({error}); delete its task folder and run the order again.") from None
+    damaged = "delete its task folder and run the order again"
+    content = reading.read_json(path, "name a folder that `gainlora run` wrote under runs/", damaged)
+    if not isinstance(content, dict):
+        raise GainLoRAError(f"{path}: holds no JSON object; {damaged}.")
+    return content
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 KEY, DONE, PARENT = "gainlora.key", "gainlora.done", "mlflow.parentRunId"
+ADDRESS = r"(sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://)[^\0]+"
+"""Of an MLflow store. It keeps no runs in folders."""
 POINTS = 1000
 """Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
 PARAM_LENGTH = 6000  # MLflow's limit
@@ -51,10 +54,12 @@ def tracking_uri(root: Path = Path("."), uri: str | None = None) -> str:
     """
     if uri is None:
         uri = "sqlite:///mlruns/mlflow.db"
+    if not re.fullmatch(ADDRESS, uri):
+        raise GainLoRAError(
+            f"tracking.uri: {uri!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
+        )
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{(root / uri.removeprefix('sqlite:///')).resolve()}"
-    if "://" not in uri or uri.startswith("file:"):
-        raise GainLoRAError(f"tracking.uri: {uri!r}: MLflow keeps no runs in folders; give sqlite:///FILE or http.")
     return uri
 
 

@@ -38,7 +38,7 @@ def tracked_runs(tracking: dict[str, Any], root: Path = Path(".")) -> Iterator[l
         root: the project's folder.
 
     Raises:
-        GainLoRAError: the store is not there, or the experiment was deleted.
+        GainLoRAError: the store is not there or cannot be read, or the experiment was deleted.
     """
     uri = tracking_uri(root, tracking["uri"])
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
@@ -46,8 +46,15 @@ def tracked_runs(tracking: dict[str, Any], root: Path = Path(".")) -> Iterator[l
             f"tracking.uri: {uri} is not there, so there are no runs; make one first (`gainlora run embedded`), or "
             "name run folders or result files."
         )
-    with store(tracking, root) as (client, experiment):
-        found = _all_runs(client, experiment)
+    try:
+        with store(tracking, root) as (client, experiment):
+            found = _all_runs(client, experiment)
+    except GainLoRAError:
+        raise
+    except Exception as error:  # of MLflow, its database's driver, or the network
+        reason = f"{type(error).__name__}: {error}"[:300]
+        remedy = "correct it, or name run folders or result files"
+        raise GainLoRAError(f"tracking.uri: {uri}: cannot be read ({reason}); {remedy}.") from None
     children: dict[str, list[MlflowRun]] = {}
     for run in found:
         if PARENT in run.data.tags and DONE in run.data.tags:

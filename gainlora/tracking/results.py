@@ -62,7 +62,7 @@ def read_result_file(path: Path) -> Run:
         config = {key: value for key, value in content.items() if key not in OWN}
         config["steps"] = [step.task for step in steps]
         return checked(Run(config, content["data"], steps, content["label"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"{path}: no result file ({error} is missing); write it anew with `gainlora results RUN`."
         raise GainLoRAError(reason) from None
 

@@ -33,10 +33,12 @@ def project(tmp_path, monkeypatch):
     code = (
         "config.py",
         "plain.py",
+        "reading.py",
         "data/embedded.py",
         "data/sources.py",
         "data/text.py",
         "model/gate.py",
+        "rules/a.py",
         "learning/a.py",
     )
     for name in code:

@@ -91,7 +91,7 @@ def test_float32_with_bases_from_covariances():
     for p in Gate(last, nothing, "cosine").features(old):
         c = Covariance(p.shape[1])
         c.update(p.detach())
-        memory.append(expand_basis(torch.zeros(p.shape[1], 0), c.matrices("p")[0], 0.9, "covariance"))
+        memory.append(expand_basis(torch.zeros(p.shape[1], 0), c.matrices("p")[0], 0.9, "covariance", "layer"))
         m = memory[-1]
         torch.testing.assert_close(m.T @ m, torch.eye(m.shape[1]), atol=1e-5, rtol=0)
     features = Gate(last, nothing, "cosine").features(new)[-1].detach()

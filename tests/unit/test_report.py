@@ -31,11 +31,11 @@ FORGETS = [[80.0], [30.0, 85.0], [22.0, 47.0, 51.0]]
 
 @pytest.fixture(autouse=True)
 def known_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts without torch: two models; 100 per rank, and the gate's width and depth with gates."""
+    """Counts without torch: two models; 100 per rank, and 7 with gates."""
     shapes = types.ModuleType("gainlora.model.shapes")
     shapes.MODELS = {"small": None, "large": None}
-    shapes.trainable_parameters = lambda model, method, rank, hidden, depth: (
-        (10 if model == "large" else 1) * (100 * rank + hidden * depth * method.startswith("gainlora-"))
+    shapes.trainable_parameters = lambda model, method, rank: (
+        (10 if model == "large" else 1) * (100 * rank + 7 * method.startswith("gainlora-"))
     )
     monkeypatch.setitem(sys.modules, "gainlora.model.shapes", shapes)
 
@@ -193,11 +193,11 @@ def test_run_without_a_finished_task(tmp_path: Path) -> None:
 def test_report_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(GainLoRAError, match="no runs"):
         write_report([], tmp_path, REPORT)
-    with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: No such file"):
+    with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: not found"):
         read_run(tmp_path / "nowhere")
     folder = write_run(tmp_path, R, tasks=THREE)
     for name, content, complaint in (
-        ("scores.json", "{", r"scores\.json: damaged"),
+        ("scores.json", "{", r"scores\.json: not JSON"),
         ("scores.json", "{}", "'index' is missing"),
         ("gate.safetensors", "short", r"gate\.safetensors: damaged"),
     ):

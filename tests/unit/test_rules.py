@@ -205,6 +205,7 @@ def test_ewc_penalty_is_the_quadratic_form():
     assert rule.penalty(layer) is None
     A, B = layer.learning
     layer.memory = {"fisher_A": torch.rand_like(A), "fisher_B": torch.rand_like(B)}
+    layer.memory |= {"anchor_A": A.detach().clone(), "anchor_B": B.detach().clone()}
     penalty = rule.penalty(layer)
     assert float(penalty()) == 0
     with torch.no_grad():

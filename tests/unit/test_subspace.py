@@ -53,7 +53,7 @@ def test_covariance_refuses_nothing_seen_and_values_not_finite():
 @pytest.mark.parametrize("threshold", [0.5, 0.9, 0.995])
 def test_first_basis_is_the_smallest_that_holds_the_threshold(energy, threshold):
     c = covariance(inputs(400, 20, 8))[0]
-    basis = expand_basis(torch.zeros(20, 0), c, threshold, energy)
+    basis = expand_basis(torch.zeros(20, 0), c, threshold, energy, "layer")
     sigma = torch.linalg.svdvals(c.double())
     share = sigma ** (2 if energy == "covariance" else 1)
     share = share.cumsum(0) / share.sum()
@@ -65,8 +65,8 @@ def test_first_basis_is_the_smallest_that_holds_the_threshold(energy, threshold)
 
 def test_expansion_keeps_old_columns_is_orthonormal_and_reaches_the_threshold():
     c1, c2 = covariance(inputs(300, 24, 6, 1))[0], covariance(inputs(300, 24, 10, 2))[0]
-    first = expand_basis(torch.zeros(24, 0), c1, 0.99, "covariance")
-    both = expand_basis(first, c2, 0.99, "covariance")
+    first = expand_basis(torch.zeros(24, 0), c1, 0.99, "covariance", "layer")
+    both = expand_basis(first, c2, 0.99, "covariance", "layer")
     torch.testing.assert_close(both[:, : first.shape[1]], first, atol=0, rtol=0)
     torch.testing.assert_close(both.T @ both, torch.eye(both.shape[1]), atol=1e-5, rtol=0)
 
@@ -78,31 +78,33 @@ def test_expansion_keeps_old_columns_is_orthonormal_and_reaches_the_threshold():
 
 def test_expansion_stops_where_nothing_is_new_and_never_passes_the_rank_or_d():
     c = covariance(inputs(300, 16, 5))[0]
-    full = expand_basis(torch.zeros(16, 0), c, 1.0, "covariance")
+    full = expand_basis(torch.zeros(16, 0), c, 1.0, "covariance", "layer")
     assert full.shape[1] == 5
-    assert expand_basis(full, c, 1.0, "covariance").shape[1] == 5
-    everything = expand_basis(full, torch.eye(16), 1.0, "covariance")
+    assert expand_basis(full, c, 1.0, "covariance", "layer").shape[1] == 5
+    everything = expand_basis(full, torch.eye(16), 1.0, "covariance", "layer")
     assert everything.shape[1] == 16
-    assert expand_basis(everything, covariance(inputs(300, 16, 9, 3))[0], 1.0, "covariance").shape[1] == 16
+    assert expand_basis(everything, covariance(inputs(300, 16, 9, 3))[0], 1.0, "covariance", "layer").shape[1] == 16
 
 
 @pytest.mark.parametrize("threshold", [0.9, 0.995])
 def test_a_long_tail_of_small_directions_counts(threshold):
     """One direction of 1 and 511 of 1e-3: with energy sigma the tail holds a third of it."""
     c = torch.diag(torch.tensor([1.0] + [1e-3] * 511))
-    basis = expand_basis(torch.zeros(512, 0), c, threshold, "representation")
+    basis = expand_basis(torch.zeros(512, 0), c, threshold, "representation", "layer")
     kept = (1 + 1e-3 * (basis.shape[1] - 1)) / (1 + 0.511)
     assert kept >= threshold > kept - 1e-3 / 1.511 - 1e-6
 
 
 def test_first_basis_gets_one_direction_even_for_a_tiny_threshold():
-    assert expand_basis(torch.zeros(9, 0), torch.eye(9), 1e-6, "covariance").shape[1] == 1
+    assert expand_basis(torch.zeros(9, 0), torch.eye(9), 1e-6, "covariance", "layer").shape[1] == 1
 
 
 def test_principal_directions_are_left_singular_vectors_of_the_residual():
     c = covariance(inputs(300, 24, 12))[0].double()
-    basis = expand_basis(torch.zeros(24, 0).double(), covariance(inputs(90, 24, 4, 5))[0].double(), 1.0, "covariance")
-    directions, sigma = principal_directions(c, basis)
+    basis = expand_basis(
+        torch.zeros(24, 0).double(), covariance(inputs(90, 24, 4, 5))[0].double(), 1.0, "covariance", "layer"
+    )
+    directions, sigma = principal_directions(c, basis, "layer")
     u, s, _ = torch.linalg.svd(c - basis @ (basis.T @ c))
     found = directions.shape[1]  # the numerical rank: old directions are no part of the residual
     assert found <= 12 and s[found] < 1e-6 * c.norm() < s[found - 1]
@@ -116,7 +118,7 @@ def test_principal_directions_are_left_singular_vectors_of_the_residual():
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_designed_A_lies_outside_the_memory(blocks):
     old, new = covariance(inputs(200, 32, 3, 1), blocks), covariance(inputs(200, 32, 20, 2), blocks)
-    basis = expand_blocks(empty_basis(32, blocks), old, 0.99, "covariance")
+    basis = expand_blocks(empty_basis(32, blocks), old, 0.99, "covariance", "layer")
     A = design_A(basis, new, 4, "layer.q")
     assert A.shape == (4, 32)
     whole = torch.block_diag(*basis)  # (d, k)
@@ -125,7 +127,7 @@ def test_designed_A_lies_outside_the_memory(blocks):
 
 
 def test_rank_beyond_what_is_free_is_refused_by_name():
-    basis = expand_blocks(empty_basis(8), torch.eye(8)[None], 1.0, "covariance")
+    basis = expand_blocks(empty_basis(8), torch.eye(8)[None], 1.0, "covariance", "layer")
     with pytest.raises(GainLoRAError, match=r"lora\.rank: 2 .* 0 input directions .*layer\.q"):
         design_A(basis, torch.eye(8)[None], 2, "layer.q")
 

@@ -116,7 +116,7 @@ def test_bad_files_are_refused_with_file_place_and_key(tmp_path: Path, case: str
 def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "t")
     (folder / "test.json").unlink()
-    with pytest.raises(GainLoRAError, match=r"test\.json: missing"):
+    with pytest.raises(GainLoRAError, match=r"test\.json: not found"):
         read_task(folder, "superni", "rouge_l")
     (folder / "test.json").mkdir()
     with pytest.raises(GainLoRAError, match=r"test\.json: cannot be read"):

@@ -1,0 +1,342 @@
+"""Bad task files, params.yaml and command lines: one error with name, value and remedy, and nothing is written."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gainlora.__main__ import main
+from gainlora.config import DataConfig
+from gainlora.data.batches import tokenize
+from gainlora.data.tasks import load_order, read_task
+from gainlora.errors import LONGEST, GainLoRAError
+from gainlora.params import load_config
+from gainlora.tracking.results import read_any
+from tests.fake_run import write_run
+from tests.tiny import tiny_params, tiny_tokenizer
+
+GOOD = b'{"Instances": [{"input": "a", "output": "b"}]}'
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project whose order `tiny` is fine but for what a test breaks; nothing is ever learned."""
+    model = tmp_path / "base"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    tiny_params(tmp_path, model, count=2)
+    write_run(tmp_path, [[50.0]])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flows.supervise.run_flow", lambda parameters: pytest.fail("not refused"))
+    return tmp_path
+
+
+def entries(folder: Path) -> dict[str, int]:
+    return {
+        str(p): p.lstat().st_mtime_ns
+        for p in sorted(folder.rglob("*"))
+        if not p.name.endswith("lock") and not p.is_dir()
+    }
+
+
+def refused(project: Path, capsys, *arguments: str) -> str:
+    """What one command says, refused: code 1, one line, and no file made or changed."""
+    before = entries(project)
+    assert main(list(arguments)) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= LONGEST + 20
+    assert entries(project) == before
+    return err
+
+
+def one(text: str = '"a"', answer: str = '"b"', more: str = "") -> bytes:
+    return f'{{{more}"Instances": [{{"input": {text}, "output": {answer}}}]}}'.encode()
+
+
+TASK_FILES = {
+    "empty": (b"", "train.json: empty; correct it or fetch it again"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "train.json: not UTF-8 (byte 0); save it again as UTF-8"),
+    "UTF-16 without its mark": (GOOD.decode().encode("utf-16-le"), "train.json: not JSON"),
+    "Latin-1": (one('"é"').decode().encode("latin-1"), "train.json: not UTF-8 (byte"),
+    "NUL bytes": (b"\0" * 100, "train.json: not JSON"),
+    "a NUL byte in a text": (one('"a\0b"'), "train.json: not JSON: Invalid control character"),
+    "a line break in a text": (one('"a\nb"'), "train.json: not JSON: Invalid control character"),
+    "cut off": (GOOD[:-3], "train.json: not JSON: Expecting ',' delimiter: line 1"),
+    "two objects": (GOOD + b"\n" + GOOD, "train.json: not JSON: Extra data: line 2"),
+    "a list": (b"[" + GOOD + b"]", "train.json: holds a list; expected an object"),
+    "null": (b"null", "train.json: holds null"),
+    "thousands of keys": (json.dumps({f"key{i}": i for i in range(9999)}).encode(), "'Instances' is missing"),
+    "nested lists": (b'{"x": ' + b"[" * 100_000, "train.json: nested too deeply"),
+    "nested objects": (b'{"x": ' * 100_000, "train.json: nested too deeply"),
+    "a key twice": (one(more='"Instances": [], '), "not JSON: key 'Instances' is given twice; correct it"),
+    "an answer twice": (one(answer='"b", "output": "c"'), "key 'output' is given twice"),
+    "a huge number": (one(answer="9" * 5000), "train.json: not JSON: Exceeds the limit (4300 digits)"),
+    "a long number": (one(answer="9" * 4000), "instance 0: 'output' is the number <13288 bits>"),
+    "not a number": (one("NaN"), "instance 0: 'input' is the number nan; give text"),
+    "infinity": (one(answer="[-Infinity]"), "'output' entry 0 is the number -inf; give text"),
+    "overflow": (one("1e999"), "'input' is the number inf"),
+    "half a pair in the definition": (
+        one(more='"Definition": "\\udc00", '),
+        "'Definition' holds half a surrogate pair",
+    ),
+    "an answer of lists": (one(answer='[["b"]]'), "'output' entry 0 is a list"),
+    "no instance": (b'{"Instances": []}', "'Instances' has no usable instance"),
+    "only blank answers": (one(answer='[" ", "\\n"]'), "'Instances' has no usable instance"),
+}
+
+
+@pytest.mark.parametrize("case", TASK_FILES)
+def test_task_files(project, capsys, case):
+    content, expected = TASK_FILES[case]
+    (project / "data/tiny/task2/train.json").write_bytes(content)
+    said = refused(project, capsys, "run", "tiny")
+    assert expected in said and "data/tiny/task2/train.json" in said and "9999" not in said
+
+
+def test_what_is_no_file_is_missing(project, capsys):
+    file = project / "data/tiny/task2/train.json"
+    for make in (
+        lambda: None,
+        file.mkdir,
+        lambda: file.symlink_to(file.name),
+        lambda: file.symlink_to("nowhere"),
+    ):
+        file.unlink() if file.is_symlink() or file.is_file() else file.is_dir() and file.rmdir()
+        make()
+        said = refused(project, capsys, "run", "tiny")
+        assert "task2 lacks train.json" in said and "--skip-incomplete" in said
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(GainLoRAError, match=r"train\.json: cannot be read \(Too many levels of symbolic links\)"):
+        read_task(file.parent, "superni", "rouge_l")
+    (project / "data/tiny/task2/test.json").unlink()
+    assert "task2 lacks train.json and test.json" in refused(project, capsys, "run", "tiny")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file(project, capsys):
+    (project / "data/tiny/task2/train.json").chmod(0)
+    assert "train.json: cannot be read (Permission denied)" in refused(project, capsys, "run", "tiny")
+
+
+TEXTS = [
+    "{input} {0} {definition!r:>{width}} {{}} %s %(x)d $x ${x} \\n",
+    "nul \0 bell \a escape \x1b[31m delete \x7f end",
+    "שלום עולם \u202eright to left\u202c مرحبا",
+    "👩‍👩‍👧 🇺🇳 e\u0301 \u200b \ufeff \U0010ffff",
+    "</s> <pad> <|endoftext|> Output: Definition: Input:",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_character_is_text(tmp_path, text):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    content = {"Definition": text, "Instances": [{"input": text, "output": [text, "x"]}], "Ignored": float("nan")}
+    raw = json.dumps(content, ensure_ascii=False)  # escapes control characters only
+    (folder / "train.json").write_text(raw, encoding="utf-8-sig")
+    (folder / "test.json").write_text(json.dumps(content))
+    task = read_task(folder, "long_sequence", "exact_match")
+    assert task.train == task.test and task.train[0].references == (text, "x")
+    assert task.prompt(task.train[0]) == f"{text}\n{text}\nOutput: "
+    rows = tokenize(task, "train", tiny_tokenizer(), DataConfig(), False, tmp_path / "cache")
+    assert rows["references"][0] == [text, "x"] and 1 not in rows["prompt_ids"][0]  # </s> in a text is no end
+
+
+def test_a_line_of_ten_megabytes_is_read_and_a_long_prompt_cut_at_its_start_and_counted(tmp_path):
+    for megabytes in (10, 0.2):
+        folder, text = tmp_path / f"t{megabytes}", "x" * int(megabytes * 1e6) + " w1" * 40
+        folder.mkdir()
+        for name in ("train", "test"):
+            (folder / f"{name}.json").write_bytes(one(json.dumps(text)))
+        task = read_task(folder, "long_sequence", "exact_match")
+        assert task.train[0].input == text
+    tokenizer = tiny_tokenizer()
+    rows = tokenize(task, "train", tokenizer, DataConfig(max_prompt_tokens=10), False, tmp_path / "cache")
+    assert tokenizer.convert_ids_to_tokens(rows["prompt_ids"][0]) == ["w1"] * 8 + ["Output", ":"]
+    assert rows["truncated"][:] == [True]
+
+
+def test_labels_json_decides_nothing(project):
+    """The benchmark's own answers are not all in its labels.json (qqp, mnli)."""
+    order = load_config("tiny").order
+    before = load_order(order, DataConfig())
+    (project / "data/tiny/task1/labels.json").write_text('["something else"')
+    assert load_order(order, DataConfig()) == before
+
+
+ORDER = "orders: {tiny: {data: data/tiny, template: superni, metric: rouge_l, tasks: [task1]}}\n"
+BOMB = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]\n" for i in range(30))
+MERGES = "".join(f"m{i}: &m{i} {{a{i}: 1, <<: [{', '.join([f'*m{i - 1}'] * 9) if i else ''}]}}\n" for i in range(30))
+
+PARAMS = {
+    "empty": ("", "params.yaml: empty; correct it"),
+    "comments only": ("# nothing\n", "params.yaml: holds NoneType, not sections"),
+    "a list": ("- a\n", "params.yaml: holds list, not sections"),
+    "a tab": ("train:\n\tepochs: 1\n", "params.yaml: not valid YAML: while scanning"),
+    "not UTF-8": (b"seed: 1 # \xe9\n", "params.yaml: not UTF-8 (byte 10)"),
+    "UTF-16": ("seed: 1\n".encode("utf-16"), "params.yaml: not UTF-8 (byte 0)"),
+    "a NUL byte": ("seed: \0\n", "params.yaml: not valid YAML"),
+    "open bracket": ("lora: {rank: 1\n", "params.yaml: not valid YAML"),
+    "nested": ("[" * 500, "params.yaml: nested too deeply"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "params.yaml: not valid YAML"),
+    "a section twice": ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "key 'train' is given twice"),
+    "an option twice": ("train: {epochs: 1, 'epochs': 2}\n", "key 'epochs' is given twice"),
+    "unknown anchor": ("seed: *here\n", "params.yaml: not valid YAML"),
+    "code": ("seed: !!python/object/apply:os.system [ls]\n", "params.yaml: not valid YAML"),
+    "no integer": ("seed: !!int ''\n", "params.yaml: not valid YAML"),
+    "no date": ("seed: 2024-99-99\n", "params.yaml: not valid YAML: month must be in 1..12"),
+    "no truth": ("seed: !!bool perhaps\n", "params.yaml: not valid YAML"),
+    "a key of a list": ("? [a]\n: 1\n", "params.yaml: not valid YAML"),
+    "a bomb of aliases": (BOMB + "seed: *b29\n" + ORDER, "b0: unknown option"),
+    "a bomb in an option": (f"seed: [{BOMB.replace(chr(10), ' ')}]".replace("b0: ", "") + "\n", "not valid YAML"),
+    "a bomb of merges": (MERGES, "'<<' gathers more than 10000 keys"),
+    "itself": ("seed: &s [*s]\n" + ORDER, "seed: got [[[[...]]]], expected a whole number"),
+    "a long list": (f"seed: [{'1, ' * 999}]\n" + ORDER, "seed: got [1, 1, 1, 1, 1, 1, ...]"),
+    "unknown section": ("trian: {}\n" + ORDER, "trian: unknown option; did you mean 'train'"),
+    "unknown option": ("train: {epoch: 1}\n" + ORDER, "train.epoch: unknown option; did you mean 'epochs'"),
+    "order beside orders": ("order: {}\n" + ORDER, "order: unknown option; did you mean 'orders'"),
+    "a number as name": ("1: 2\n" + ORDER, "1: unknown option; known:"),
+    "a section of text": ("train: fast\n" + ORDER, "train: got 'fast', expected a section"),
+    "text for a number": ("train: {learning_rate: fast}\n" + ORDER, "train.learning_rate: got 'fast', expected a numb"),
+    "a date": ("train: {epochs: 2024-01-01}\n" + ORDER, "train.epochs: got datetime.date(2024, 1, 1)"),
+    "a huge number": (f"seed: 0x{'f' * 9000}\n" + ORDER, "seed: <36000 bits> is too large; give at most 63 bits"),
+    "a huge rate": (f"train: {{learning_rate: {'9' * 400}}}\n" + ORDER, "learning_rate: <1329 bits> is too large"),
+    "a huge negative": (f"seed: -{'9' * 400}\n" + ORDER, "seed: <1329 bits> is too large"),
+    "too many digits": (f"seed: {'9' * 5000}\n" + ORDER, "params.yaml: not valid YAML: Exceeds the limit"),
+    "NaN": ("lora: {alpha: .nan}\n" + ORDER, "lora.alpha: nan must be a finite number above 0"),
+    "NaN as text": ("train: {weight_decay: nan}\n" + ORDER, "train.weight_decay: nan must be finite"),
+    "negative": ("data: {train_limit: -5}\n" + ORDER, "data.train_limit: -5 is too small; give at least 1"),
+    "impossible": ("train: {batch_size: 8, micro_batch_size: 3}\n" + ORDER, "micro_batch_size: 3 does not divide"),
+    "NUL in a path": (ORDER.replace("data/tiny", '"a\\0b"'), "no such folder"),
+    "a task twice": (ORDER.replace("[task1]", "[task1, task1]"), "tasks: 'task1' appears more than once"),
+    "a task outside": (ORDER.replace("[task1]", "[../task1]"), "'../task1' is no name"),
+    "tasks of numbers": (ORDER.replace("[task1]", "[1]"), "order.tasks: got [1], expected a list of names"),
+    "no model": ("model: {name: no/such/model}\n" + ORDER, "model.name: no/such/model: no such folder, and no hub id"),
+    "a user's model": ("model: {name: ~nobody-here/x}\n" + ORDER, "model.name: ~nobody-here/x: no such user"),
+    "tracking nowhere": ("tracking: {uri: 'foo://bar'}\nmodel: {name: base}\n" + ORDER, "tracking.uri: 'foo://bar'"),
+    "tracking NUL": ('tracking: {uri: "sqlite:///a\\0b"}\nmodel: {name: base}\n' + ORDER, "tracking.uri: 'sqlite:"),
+    "tracking in a folder": ("tracking: {uri: /tmp}\nmodel: {name: base}\n" + ORDER, "tracking.uri: '/tmp'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARAMS)
+def test_params(project, capsys, case):
+    content, expected = PARAMS[case]
+    (project / "params.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    said = refused(project, capsys, "run", "tiny")
+    assert expected in said
+
+
+def test_a_folder_in_place_of_params(project, capsys):
+    (project / "params.yaml").unlink()
+    assert "params.yaml: not found; run from the project's folder" in refused(project, capsys, "run", "tiny")
+    (project / "params.yaml").mkdir()
+    assert "params.yaml: cannot be read (Is a directory)" in refused(project, capsys, "run", "tiny")
+
+
+USAGE = [
+    [], ["nonsense"], ["run"], ["run", "tiny", "more"], ["run", "tiny", "--seed", "x"], ["run", "tiny", "--set"],
+    ["run", "tiny", "--set", "seed"], ["run", "tiny", "--set", "=1"], ["run", "tiny", "--set", "seed=["],
+    ["run", "tiny", "--set", "seed=2024-99-99"], ["run", "tiny", "--set", "seed={a: 1, a: 2}"],
+    ["run", "tiny", "--set", "seed=" + "[" * 500], ["run", "tiny", "--nonsense"], ["compare"], ["fetch"],
+    ["compare", "tiny", "--methods"], ["fetch", "nonsense"], ["fetch", "embedded", "--from"], ["results"],
+    ["report", "--nonsense"], ["repair"], ["repair", "x", "--from-task", "first"], ["repair", "x", "y"], ["rerun"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", USAGE, ids=lambda words: " ".join(words)[:40])
+def test_usage(project, capsys, arguments):
+    before = entries(project)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and entries(project) == before
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: gainlora") and "error: " in err.splitlines()[-1]
+
+
+COMMANDS = [
+    ("run tinny", "no order 'tinny'; did you mean 'tiny'"),
+    ("run nowhere.yaml", "nowhere.yaml: no such file"),
+    ("run data.yaml", "data.yaml: no such file"),
+    ("run " + "x" * 300 + ".yaml", "File name too long; name another place"),
+    ("run params.yaml", "order.method: unknown option; known: name, data, template, metric, tasks"),
+    ("run tiny --method gainlora", "method: 'gainlora' is unknown; choose from"),
+    ("run tiny --seed -1", "seed: -1 is too small"),
+    ("run tiny --model base/nowhere", "model.name: base/nowhere: no such folder"),
+    ("run tiny --model data", "model.name: data: the folder needs config.json and weights"),
+    ("run tiny --set seed=1 --set seed=1", "seed: given twice on the command line"),
+    ("run tiny --set seed=1 --seed 1", "seed: given twice"),
+    ("run tiny --set method=olora --method olora", "method: given twice"),
+    ("run tiny --set .=1", "override: '.' is no option"),
+    ("run tiny --set train..epochs=1", "'train..epochs' is no option; write <section>.<name>"),
+    ("run tiny --set train=1", "'train' is a section"),
+    ("run tiny --set seed.x=1", "'seed' holds a value, not a section"),
+    ("run tiny --set train.epochs=", "train.epochs: got None, expected a whole number"),
+    ("run tiny --set order.tasks=[nothing]", "nothing lacks train.json and test.json"),
+    ("run tiny --set order.data=nowhere", "orders.tiny.data: nowhere: no such folder"),
+    ("run tiny --set orders.tiny.data=x", "orders: unknown option"),
+    ("run tiny --set report.dpi=9", "report.dpi: is set in params.yaml only"),
+    ("compare tiny --methods seqlora,nonsense", "method: 'nonsense' is unknown"),
+    ("compare tiny --methods ,", "method: '' is unknown"),
+    ("compare tiny --set method=olora", "method: given twice"),
+    ("compare nothing", "no order 'nothing'"),
+    ("report nowhere", "nowhere/config.json: not found; name a folder"),
+    ("report nowhere.json", "nowhere.json: not found"),
+    ("report params.yaml", "params.yaml/config.json: not found"),
+    ("report base", "base: damaged ('tasks' is missing"),
+    ("report base/config.json", "base/config.json: no result file ('steps' is missing)"),
+    ("report data/tiny/task1/train.json", "train.json: no result file ('steps' is missing)"),
+    ("report", "tracking.uri: sqlite:///"),
+    ("results nowhere", "nowhere/config.json: not found"),
+    ("results RUN", "1 of 4 tasks are learned; run the same command again"),
+    ("results RUN --label a/b", "--label: 'a/b' becomes part of a file's name"),
+    ("repair nowhere", "nowhere/config.json: not found; name a folder under runs/"),
+    ("repair base", "base/config.json: names no tasks; remove its folder"),
+    ("repair params.yaml", "params.yaml/config.json: not found"),
+    ("repair RUN --from-task 0", "--from-task: 0: this run has 1 to 1 of its 4 tasks"),
+    ("repair RUN --from-task 3", "--from-task: 3: this run has 1 to 1 of its 4 tasks"),
+    ("rerun nowhere", "nowhere/config.json: not found"),
+    ("rerun base", "base/config.json: lacks config, code, dtype"),
+    ("fetch cl-benchmark --from nowhere", "--from: nowhere: holds neither SuperNI nor Long_Sequence"),
+    ("fetch cl-benchmark --from params.yaml", "--from: params.yaml: holds neither"),
+    ("fetch embedded --from data", "--from: only for cl-benchmark"),
+]  # fmt: skip
+
+
+def test_a_run_or_result_file_of_wrong_values(project, capsys):
+    """Every value of every file of a run, taken away or replaced: read, or refused by name."""
+    (folder,) = project.glob("runs/*")
+    files = [path for path in folder.rglob("*.json") if path.name not in ("checksums.json", "result.json")]
+    read_any(folder)
+    for file in files:
+        before = file.read_text()
+        for changed in spoiled(json.loads(before)):
+            file.write_text(json.dumps(changed))
+            try:
+                read_any(folder)
+            except GainLoRAError as error:
+                assert str(folder) in str(error)
+        file.write_text(before)
+    refused(project, capsys, "results", str(folder))
+
+
+def spoiled(value: object) -> Iterator[object]:
+    """JSON values that differ from this one in one place."""
+    yield from (None, "x", [])
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: other} for other in spoiled(inner))
+
+
+@pytest.mark.parametrize(("line", "expected"), COMMANDS, ids=lambda text: text[:40])
+def test_commands(project, capsys, line, expected):
+    (project / "data.yaml").mkdir()
+    (folder,) = project.glob("runs/*")
+    said = refused(project, capsys, *(str(folder) if word == "RUN" else word for word in line.split(" ")))
+    assert expected in said
+    assert not (project / "report").exists() and not (project / "results").exists()

@@ -1,0 +1,230 @@
+"""Base models and adapters that do not fit or are damaged: refused by name before anything is learned."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gainlora.errors import GainLoRAError
+from gainlora.learning.stream import Stream
+from gainlora.model.base import check_positions, find_targets, load_base
+from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.model.subspace import design_A, empty_basis, expand_basis
+from gainlora.params import load_config
+from tests.tiny import tiny_llama, tiny_params, tiny_t5, tiny_tokenizer
+from tests.unit.test_model import make
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A good base model and a good adapter of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    tiny_llama(folder / "base")
+    model = make("llama")
+    next(iter(model.layers.values())).memory["kept"] = torch.ones(2)
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def base(whole, tmp_path):
+    return shutil.copytree(whole / "base", tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(whole, tmp_path):
+    return shutil.copytree(whole / "adapter", tmp_path / "adapter")
+
+
+def edit(path, **values):
+    """Lay values over a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def setting(**values):
+    return lambda folder: [edit(path, **values) for path in folder.glob("*config.json") if "tok" not in path.name]
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def a_folder(name):
+    return lambda folder: [(folder / name).unlink(), (folder / name).mkdir()]
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+
+
+def replaced(name, change):
+    """Change a safetensors file's tensors."""
+
+    def spoil(folder):
+        held = load_file(folder / name)
+        change(held)
+        save_file(held, folder / name)
+
+    return spoil
+
+
+CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+MODELS = {
+    "unknown architecture": (setting(model_type="nonsense"), "nonsense"),
+    "no architecture": (setting(model_type=None), "model_type"),
+    "an image model": (written("config.json", '{"model_type": "vit"}'), "its model cannot be loaded"),
+    "code of its own": (written("config.json", json.dumps(CODE)), "its config.json cannot be loaded"),
+    "no config": (gone("config.json"), "cannot be loaded"),
+    "config no JSON": (written("config.json", "{"), "config.json"),
+    "config a list": (written("config.json", "[]"), "cannot be loaded"),
+    "text for a size": (setting(hidden_size="wide"), "hidden_size"),
+    "no heads": (setting(num_attention_heads=0), "cannot be loaded"),
+    "another width": (setting(hidden_size=64), "its model cannot be loaded"),
+    "more layers": (setting(num_hidden_layers=3), "its weights lack model.layers.2"),
+    "weights cut off": (cut("model.safetensors"), "its model cannot be loaded"),
+    "no weights": (gone("model.safetensors"), "its model cannot be loaded"),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "its tokenizer cannot be loaded"),
+    "tokenizer no JSON": (written("tokenizer.json", "{"), "its tokenizer cannot be loaded"),
+    "tokenizer of nothing": (written("tokenizer.json", "{}"), "its tokenizer cannot be loaded"),
+    "no EOS": (lambda f: edit(f / "tokenizer_config.json", eos_token=None), "no EOS token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(base, case, monkeypatch):
+    spoil, expected = MODELS[case]
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    (base / "own.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    spoil(base)
+    with pytest.raises(GainLoRAError) as error:
+        load_base(str(base), torch.float32)
+    said = str(error.value)
+    assert said.startswith(f"model.name: {str(base)!r}") and expected in said and "\n" not in said and len(said) < 700
+
+
+def test_without_a_pad_token_eos_pads(base):
+    edit(base / "tokenizer_config.json", pad_token=None)
+    model, tokenizer = load_base(str(base), torch.float32)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.generation_config.pad_token_id
+
+
+def test_tied_weights_are_one_and_not_adapted(tmp_path):
+    original = tiny_llama(tmp_path, tie_word_embeddings=True)
+    model, _ = load_base(str(tmp_path), torch.float32)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert len(find_targets(model, None)) == 4
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(tokens).logits, original(tokens).logits)
+
+
+def tiny_opt(folder=None, positions=48):
+    """A model with a table of positions."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2)
+    tokenizer = tiny_tokenizer()
+    sizes |= dict(vocab_size=len(tokenizer), max_position_embeddings=positions)
+    model = OPTForCausalLM(OPTConfig(pad_token_id=0, eos_token_id=1, **sizes)).eval()
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_table_of_positions_bounds_prompt_and_answer(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    sizes |= dict(vocab_size=99, max_position_embeddings=48, encoder_attention_heads=2, decoder_attention_heads=2)
+    bart = BartForConditionalGeneration(BartConfig(**sizes))
+    check_positions(tiny_opt(), 44, 4)
+    check_positions(bart, 48, 48)
+    tiny_opt()(torch.zeros(1, 48, dtype=torch.long))
+    for unbounded in (tiny_llama(max_position_embeddings=8), tiny_t5()):
+        check_positions(unbounded, 999, 999)
+    for model, prompt, target, most in ((tiny_opt(), 45, 4, 44), (bart, 49, 4, 48), (bart, 8, 49, 48)):
+        with pytest.raises(GainLoRAError, match=rf"data\.max_prompt_tokens: {prompt} .*max_target_tokens.* {most} or"):
+            check_positions(model, prompt, target)
+    tiny_opt(tmp_path / "base")
+    params = tiny_params(tmp_path, tmp_path / "base", data__max_prompt_tokens=45)
+    stream = Stream.create(load_config("tiny", params), tmp_path)
+    with pytest.raises(GainLoRAError, match=r"lower data\.max_prompt_tokens to 44"):
+        stream.prepare(1)
+
+
+BRANCHES, GATE, BASES = "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors"
+A, B = (f"model.layers.0.self_attn.q_proj.lora_{side}" for side in "AB")
+ADAPTERS = {
+    "config no JSON": (written("adapter_config.json", "{"), "adapter_config.json: not JSON"),
+    "config a list": (written("adapter_config.json", "[]"), "format None is no GainLoRA adapter"),
+    "config a folder": (a_folder("adapter_config.json"), "cannot be read"),
+    "of peft": (written("adapter_config.json", '{"peft_type": "LORA", "r": 8}'), "is no GainLoRA adapter"),
+    "older": (setting(format="gainlora-1"), "of an older version; learn it again"),
+    "format a list": (setting(format=[1]), "format [1] is no GainLoRA adapter"),
+    "unknown key": (setting(rnak=2), "rnak: unknown option; did you mean 'rank'"),
+    "no rank": (setting(rank=None), "rank: missing"),
+    "rank of text": (setting(rank="2"), "rank: got '2', expected a whole number"),
+    "rank 0": (setting(rank=0), "rank: 0 is too small"),
+    "alpha of nothing": (setting(alpha=float("nan")), "alpha: nan must be"),
+    "targets of text": (setting(targets="q"), "targets: got 'q', expected a list"),
+    "other targets": (setting(targets=["wo"]), "lora.targets: wo matches no linear"),
+    "unknown score": (setting(gate_score="dot"), "gate_score: 'dot' is not one of"),
+    "tasks a number": (setting(tasks=3), "tasks: got 3, expected a list"),
+    "another rank": (setting(rank=4), "of shape [2, 2, 32], expected [2, 4, 32]"),
+    "another gate": (setting(gate_hidden=7), "gate.safetensors: hidden.1 is of shape"),
+    "deeper gate": (setting(gate_depth=3), "gate.safetensors: hidden.2 is of shape"),
+    "blocks that divide nothing": (setting(covariance_blocks=2), "subspace.safetensors: layer."),
+    "branches cut off": (cut("adapter_model.safetensors"), "adapter_model.safetensors: damaged"),
+    "branches empty": (written(BRANCHES, ""), "adapter_model.safetensors: damaged"),
+    "no branches": (gone("adapter_model.safetensors"), "adapter_model.safetensors: not found"),
+    "no gate": (gone("gate.safetensors"), "gate.safetensors: not found"),
+    "no bases": (gone("subspace.safetensors"), "subspace.safetensors: not found"),
+    "a folder for a file": (a_folder(GATE), "gate.safetensors: damaged"),
+    "a layer less": (replaced(BRANCHES, lambda t: t.pop(B)), "q_proj.lora_B is missing"),
+    "a layer more": (replaced(BRANCHES, lambda t: t.update(x=torch.ones(1))), "x has no place"),
+    "branches of two lengths": (replaced(BRANCHES, lambda t: t.update({B: t[B][:1].clone()})), "lora_B is of shape [1"),
+    "half precision": (replaced(BRANCHES, lambda t: t.update({A: t[A].half()})), "is torch.float16, expected float32"),
+    "a scalar": (replaced(BRANCHES, lambda t: t.update({A: torch.tensor(1.0)})), "is of shape []"),
+    "a gate less": (replaced(GATE, lambda t: t.update(key=t["key"][:1].clone())), "key is of shape [1, 32]"),
+    "no key": (replaced(GATE, lambda t: t.pop("key")), "gate.safetensors: key is missing"),
+    "no basis": (replaced(BASES, lambda t: t.pop("gate.2")), "gate.2 is missing"),
+    "a narrow basis": (replaced(BASES, lambda t: t.update({"gate.1": torch.zeros(9, 1)})), "gate.1 is of shape [9, 1]"),
+    "kept for none": (replaced("rule.safetensors", lambda t: t.update({"no:x": torch.ones(1)})), "no:x has no place"),
+    "kept cut off": (cut("rule.safetensors"), "rule.safetensors: damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(adapter, case):
+    spoil, expected = ADAPTERS[case]
+    GainLoRAModel.from_pretrained(adapter, tiny_llama())
+    spoil(adapter)
+    with pytest.raises(GainLoRAError) as error:
+        GainLoRAModel.from_pretrained(adapter, tiny_llama())
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_whose_base_is_not_there(adapter):
+    edit(adapter / "adapter_config.json", base_model="no/such/base")
+    with pytest.raises(GainLoRAError, match="no/such/base: no such folder, and no hub id"):
+        GainLoRAModel.from_pretrained(adapter)
+
+
+def test_a_decomposition_that_does_not_converge_names_the_layer(monkeypatch):
+    def fail(_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    for work in (
+        lambda: expand_basis(torch.zeros(4, 0), torch.eye(4), 0.9, "covariance", "layer.q"),
+        lambda: design_A(empty_basis(4), torch.eye(4)[None], 2, "layer.q"),
+    ):
+        with pytest.raises(GainLoRAError, match=r"layer\.q: .*cannot be decomposed \(did not converge\); lower train"):
+            work()
