@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from gainlora.params import load_config
+from gainlora.tracking.document import Table
+from gainlora.tracking.markdown import markdown_page
+from gainlora.tracking.report import report_blocks
+from gainlora.tracking.results import read_result_file
 from results.make import Experiment, read_plan
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +59,13 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
             last = len(R) - 1
             drops = [max(R[t][i] for t in range(i, last)) - R[last][i] for i in range(last)]
             assert content["FT"] == pytest.approx(sum(drops) / last, abs=1e-3)
+
+
+def test_the_readme_shows_what_the_files_say():
+    """Every row of the report's main table stands in README.md, to the digit."""
+    runs = [read_result_file(path) for path in sorted(Path("results").glob("*/*.json"))]
+    table = next(block for block in report_blocks(runs, 1) if isinstance(block, Table))
+    page = markdown_page("", [table])
+    shown = Path("README.md").read_text()
+    for line in page.splitlines():
+        assert not line.startswith("|") or line in shown, line
