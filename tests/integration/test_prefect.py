@@ -159,7 +159,7 @@ def test_bad_input_fails_the_run_with_its_one_message(served):
     served("prefect", "deployment", "run", "continual/order2", "--watch", code=1)  # no such order in this params.yaml
     state = served.last_flow_run()["state"]
     assert state["type"] == "FAILED"
-    assert state["message"] == "params.yaml: no order 'order2'; known: tiny."
+    assert state["message"] == "params.yaml: no order 'order2'; known: tiny; a file of your own ends in .yaml."
     assert served.flow(method="seqlor", code=1).strip().startswith("error: method: 'seqlor' is unknown; choose from")
 
 
