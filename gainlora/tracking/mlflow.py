@@ -83,9 +83,9 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
             experiment, run_name=folder.name, tags={KEY: folder.name, "mlflow.note.content": NOTE}
         )
         run_id: str = parent.info.run_id
-    if parent.info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    _log(client, run_id, params=options(run.config["config"]), tags=_tags(run))
+        if parent.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+        _log(client, run_id, params=options(run.config["config"]), tags=_tags(run))  # two at once would collide
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
     for name in ("config.json", "data.json"):
         client.log_artifact(run_id, str(folder / name))
