@@ -114,11 +114,12 @@ def families(groups: Sequence[Group], varied: Collection[str]) -> list[list[Grou
 
 def without_variants(groups: Sequence[Group], of: Collection[str]) -> list[Group]:
     """The groups without those that only vary the options `of` of another one; tables of their own compare these."""
-    plain = {(g.order, g.model, g.label) for g in groups if not g.differing}
+    plain = {(g.order, g.model, g.method): g.options for g in groups if g.label == g.method}
 
     def varies(group: Group) -> bool:
-        only = set(group.differing) <= set(of)
-        return bool(group.differing) and only and (group.order, group.model, group.runs[0].method) in plain
+        base = plain.get((group.order, group.model, group.method), group.options)
+        changed = {name for name in {*base, *group.options} if base.get(name) != group.options.get(name)} - {"code"}
+        return bool(changed) and changed <= set(of)
 
     return [group for group in groups if not varies(group)]
 

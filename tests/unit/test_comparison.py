@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,10 @@ def test_trainable_parameters_are_the_papers_and_join_methods_that_train_the_sam
     assert [row[0] for row in table.rows] == ["seqlora, inclora", "gainlora-inflora", "inflora"]
     gated = dict(zip(table.head, table.rows[1], strict=True))
     assert (gated["t5-large"], gated["llama-2-7b"]) == ("795,648", "1,462,272")
+
+
+def test_labelled_variants_stay_out_of_the_main_table(tmp_path: Path) -> None:
+    variant = run(tmp_path, 70, options={"gate.constrain_init": False})
+    groups = group_runs([run(tmp_path, 80), replace(variant, label="no-init")])
+    assert [g.label for g in without_variants(groups, CONSTRAINTS)] == ["gainlora-inflora"]
+    assert len(without_variants(groups, GATE_OPTIONS)) == 2
