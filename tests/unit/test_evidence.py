@@ -1,12 +1,14 @@
 """results/: the plan is one that can be run, and what is committed is what the plan says."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 from gainlora.params import load_config
 from gainlora.tracking.document import Table
+from gainlora.tracking.gates import branch_roles
 from gainlora.tracking.markdown import markdown_page
 from gainlora.tracking.report import report_blocks
 from gainlora.tracking.results import read_result_file
@@ -69,3 +71,32 @@ def test_the_readme_shows_what_the_files_say():
     shown = Path("README.md").read_text()
     for line in page.splitlines():
         assert not line.startswith("|") or line in shown, line
+
+
+def test_the_readme_s_claims_are_those_of_the_files():
+    """The figures in its prose: the ablation, the gain of gates, coefficients on the own task."""
+    shown = " ".join(Path("README.md").read_text().split())
+    runs = {path.stem: read_result_file(path) for path in Path("results/embedded").glob("*.json")}
+
+    def ablation(label, earlier):
+        run = runs[f"gainlora-inflora{label}-smollm2-135m-42"]
+        found = statistics.fmean(before for _, before, _ in branch_roles(run) if before is not None)
+        assert f"{found:.2f}" == earlier
+        return f"{run.result['AP']:.1f} / {run.result['FT']:.1f} and {earlier}"
+
+    for label, earlier in (("", "0.12"), ("+no-update", "0.73"), ("+no-init", "0.96"), ("+no-init-no-update", "0.96")):
+        assert ablation(label, earlier) in shown
+
+    roles = [branch_roles(runs[f"gainlora-inflora-smollm2-135m-{seed}"]) for seed in (42, 43, 44)]
+    own = [[role[0] for role in run] for run in roles]
+    average, last = statistics.fmean(map(statistics.fmean, own)), statistics.fmean(run[-1] for run in own)
+    assert f"is {average:.2f} on `embedded` ({last:.2f} for the last task)" in shown
+
+    gains: dict[Path, list[float]] = {}
+    for gated in Path("results").glob("*/gainlora-*.json"):
+        equal = gated.with_name(gated.name.removeprefix("gainlora-"))
+        if "+" not in gated.name and "inclora" not in gated.name:
+            AP = [json.loads(path.read_text())["AP"] for path in (gated, equal)]
+            gains.setdefault(gated.with_name(gated.name.rsplit("-", 1)[0]), []).append(AP[0] - AP[1])
+    means, smallest = sorted(map(statistics.fmean, gains.values())), min(map(min, gains.values()))
+    assert f"by {means[0]:.1f} to {means[-1]:.1f} points of AP (single seeds: from {smallest:.2f})" in shown
