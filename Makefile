@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 ORDER ?= embedded
 UI_PORT ?= 5000
+JOBS ?=
 export PREFECT_PORT ?= 4200
 export DO_NOT_TRACK := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -41,8 +42,8 @@ ui: env ## MLflow's pages on http://127.0.0.1:5000 (UI_PORT=...); ends with Ctrl
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
 		--backend-store-uri "sqlite:///$(CURDIR)/mlruns/mlflow.db"
 
-serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...), deployments, one worker; in the background
-	@python -m flows.server start
+serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...), deployments, worker (JOBS=2: two at once); in the background
+	@python -m flows.server start $(JOBS)
 
 stop: env ## end what `make serve` started
 	@python -m flows.server stop

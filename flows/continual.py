@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
-from prefect.states import Failed
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
 
 from flows import versions
+from flows.artifacts import Progress, show_table
 from gainlora.errors import GainLoRAError
 from gainlora.params import load_config, order_names, side_section
 
@@ -39,7 +40,14 @@ RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [1, 5, 15], "ret
 """Of steps that write to MLflow: a short outage passes by itself."""
 
 
-@flow(name="continual", flow_run_name="{order}", validate_parameters=True)
+def run_name() -> str:
+    """order, method+label and seed, as far as they were given."""
+    given = {name: str(value) for name, value in flow_run.parameters.items() if value not in (None, "")}
+    method = "+".join(given[name] for name in ("method", "label") if name in given)
+    return " ".join(filter(None, (Path(given["order"]).stem, method, given.get("seed"))))
+
+
+@flow(name="continual", flow_run_name=run_name, validate_parameters=True)
 def continual(
     order: str = "embedded",
     method: str | None = None,
@@ -48,6 +56,8 @@ def continual(
     test_limit: int | None = None,
     skip_incomplete: bool = False,
     overrides: dict[str, Any] | None = None,
+    results: str | None = None,
+    label: str = "",
 ) -> Any:
     """Learn an order's tasks in sequence.
 
@@ -57,6 +67,7 @@ def continual(
         train_limit, test_limit: examples per task, in place of data.train_limit and data.test_limit.
         skip_incomplete: leave out tasks whose files are missing.
         overrides: any other option by its dotted name, e.g. {"train.learning_rate": 5e-4}.
+        results, label: write the run's result file into this folder (`gainlora results --out --label`).
 
     Returns:
         The content of result.json: R, AP, FT and BWT. With bad input or state the run ends as Failed with one message.
@@ -66,20 +77,29 @@ def continual(
     if skip_incomplete:
         options["data.skip_incomplete"] = True
     try:
-        return learn(order, options)
+        folder, result = learn(order, options)
+        if results is not None:
+            write_result(folder, results, label)
     except GainLoRAError as error:
         return Failed(message=str(error))
+    decimals = section("report")["decimals"]
+    measured = [f"{key} {result[key]:.{decimals}f}" for key in ("AP", "FT", "BWT") if result[key] is not None]
+    return Completed(message="  ".join(measured), data=result)
 
 
-def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The chain of steps for one order under `options` (dotted names, laid over params.yaml)."""
+def learn(order: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The chain of steps for one order under `options` (dotted names, laid over params.yaml).
+
+    Returns:
+        The run folder and the content of its result.json.
+    """
     config = load_config(order, overrides=options)
     hashes = version_data(order, config.order.data)
     folder, tasks, finished = open_run(order, options, hashes)
     report_start(folder, finished, tasks)
     with tracked(folder) as tracked_run:
         kept: list[Records] = []  # of finished tasks that MLflow did not take yet
-        progress = create_progress_artifact(100 * finished / len(tasks), key=artifact_key("progress", folder))
+        progress = Progress(100 * finished / len(tasks), key=artifact_key("progress", folder))
         for t, name in enumerate(tasks, start=1):
             step = {"folder": folder, "t": t, "total": len(tasks), "name": name}
             prepare(**step)
@@ -89,14 +109,14 @@ def learn(order: str, options: dict[str, Any]) -> dict[str, Any]:
             task_folder = finish(**step)
             kept = deliver([*kept, (task_folder, step)], tracked_run)
             report_task(step, scores, resumed=t <= finished)
-            update_progress_artifact(progress, 100 * t / len(tasks))
+            progress.set(100 * t / len(tasks))
         result = stream(folder).result()
         if kept or not taken(conclude(folder, tracked_run, return_state=True)):
             where = f"runs/{Path(folder).name}"
             get_run_logger().warning(f"MLflow does not answer: records stay in {where}, the same command delivers them")
     if order in order_names() and config == load_config(order):  # only what params.yaml says is DVC's business
         publish(order, folder)
-    return result
+    return folder, result
 
 
 # ---- the steps ----------------------------------------------------------------------------------
@@ -175,6 +195,15 @@ def publish(order: str, folder: str) -> None:
         get_run_logger().warning(note)
 
 
+@task(task_run_name="write result file")
+def write_result(folder: str, results: str, label: str) -> None:
+    """One JSON file of the run, as `gainlora results` writes it."""
+    from gainlora.tracking.folder import read_run
+    from gainlora.tracking.results import export
+
+    export(read_run(Path(folder)), Path(results), label)
+
+
 # ---- around the steps ---------------------------------------------------------------------------
 
 
@@ -237,7 +266,7 @@ def report_task(step: dict[str, Any], scores: dict[str, Any], resumed: bool) -> 
     get_run_logger().info(
         f"task {step['t']}/{step['total']} {step['name']} | {each} | AP {scores['AP']:.{decimals}f} | {when}{cut}"
     )
-    create_markdown_artifact(
+    show_table(
         matrix_markdown(step["folder"], step["t"], decimals),
         key=artifact_key("accuracy-matrix", step["folder"]),
         description=f"R after task {step['t']} of {step['total']}: row = learned, column = evaluated",

@@ -1,7 +1,8 @@
-"""The flow as a process of its own, started and ended by flows/supervise.py."""
+"""A flow as a process of its own, started and ended by flows/supervise.py."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -10,23 +11,24 @@ import sys
 import threading
 import traceback
 
-import flows.continual
 from flows.show import show
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m flows.process PARAMETERS [FD]`: run the flow on JSON parameters; the exit code."""
+    """`python -m flows.process FLOW PARAMETERS [FD]`: run flows/FLOW.py on JSON parameters; the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
-    if len(arguments) > 1:
-        threading.Thread(target=_end_with_supervisor, args=[int(arguments[1])], daemon=True).start()
-    _print_own_lines()
+    name, parameters, *pipe = arguments
+    if pipe:
+        threading.Thread(target=_end_with_supervisor, args=[int(pipe[0])], daemon=True).start()
+    module = importlib.import_module(f"flows.{name}")
+    _print_lines_of(str(module.__file__))
     try:
-        state = flows.continual.continual(**json.loads(arguments[0]), return_state=True)
+        state = getattr(module, name)(**json.loads(parameters), return_state=True)
     except KeyboardInterrupt:
         print("Interrupted. What is learned is kept; the same command goes on from there.", file=sys.stderr)
         return 130
     if state.is_completed():
-        if "DVC_STAGE" not in os.environ:
+        if name == "continual" and "DVC_STAGE" not in os.environ:
             show(state.result())
         return 0
     error = state.result(raise_on_failure=False)
@@ -37,13 +39,13 @@ def main(arguments: list[str]) -> int:
     return 1
 
 
-def _print_own_lines() -> None:
-    """The lines the flow logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
+def _print_lines_of(file: str) -> None:
+    """What the flow in `file` logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
     from prefect.logging.configuration import setup_logging
 
     setup_logging()
     handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(lambda entry: entry.pathname == flows.continual.__file__)
+    handler.addFilter(lambda entry: entry.pathname == file)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addHandler(handler)
 

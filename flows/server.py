@@ -1,15 +1,17 @@
-"""The project's Prefect server and worker: found, started (`make serve`), ended (`make stop`).
+"""The project's Prefect server and workers: found, started (`make serve`), ended (`make stop`).
 
-    python -m flows.server start | stop
+    python -m flows.server start [JOBS] | stop
 
-State lives in .prefect/ of the current folder: the database, server.log, worker.log and server.json
-({"url", "server": [pid, start time], "worker": [pid, start time]}). A process is ended only when its id
+Two workers: one runs orders, JOBS of them side by side; the other runs sweeps, which only wait for the first.
+State lives in .prefect/ of the current folder: the database, a log of each process, and server.json
+({"url", "jobs", "server" and each worker: [pid, start time]}). A process is ended only when its id
 and its start time are those recorded, so a reused process id is never touched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -17,12 +19,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gainlora.errors import GainLoRAError
+
 HOME = Path(".prefect")
 RECORD = HOME / "server.json"
-POOL = "gainlora"
+POOL, SWEEPS = "gainlora", "gainlora-sweeps"
+"""Work pools, and the names of their workers here."""
 START_SECONDS = 120.0  # on two busy cores the server has been seen to take 40 s
 
 
@@ -62,52 +68,61 @@ def environment(url: str | None) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_PLUGINS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
+        # A cancelled run whose process is gone is called cancelled; one that lives is killed after 30 s.
+        "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "40",
     }
     if url:
         values["PREFECT_API_URL"] = url
     return values
 
 
-def start() -> int:
-    """Server, work pool, deployments and one worker; returns 0 when all are ready, 1 with a message if not.
+def start(jobs: int | None = None) -> None:
+    """Server, work pools, deployments and workers, all ready.
 
     What already runs is kept, so starting twice only renews the deployments.
+
+    Args:
+        jobs: orders that may run side by side, sharing the cores; None: as many as the running worker does, or 1.
+
+    Raises:
+        GainLoRAError: the port is taken, a worker with another limit is there, or a process did not start.
     """
     HOME.mkdir(exist_ok=True)
     record, url = _record(), default_url()
     if not (record.get("url") == url and _process(record.get("server")) and answers(url)):
         if answers(url):
-            print(f"{url}: another Prefect server answers; end it, or take another port: PREFECT_PORT=4300 make serve")
-            return 1
+            remedy = "end it, or take another port: PREFECT_PORT=4300 make serve"
+            raise GainLoRAError(f"{url}: another Prefect server answers; {remedy}.")
         stop()
-        server = _spawn(["server", "start", "--host", "127.0.0.1", "--port", _port()], url, "server")
+        server = _spawn(["server", "start", "--host", "127.0.0.1", "--port", _port()], environment(url), "server")
         record = _write({"url": url, "server": server})
-        if not _wait(lambda: answers(url), server, f"server at {url}"):
-            return 1
+        _wait(lambda: answers(url), server, "server")
     for command in (
         ["work-pool", "create", POOL, "--type", "process", "--overwrite"],
+        ["work-pool", "create", SWEEPS, "--type", "process", "--overwrite"],
         ["deploy", "--all"],
     ):
         done = subprocess.run(_prefect(command), env=environment(url), capture_output=True, text=True)
         if done.returncode:
-            print(f"prefect {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-            return 1
-    if not _process(record.get("worker")):
-        worker = _spawn(["worker", "start", "--pool", POOL, "--limit", "1", "--name", POOL], url, "worker")
-        record = _write({**record, "worker": worker})
-    if not _wait(lambda: _worker_online(url), record["worker"], "worker"):
-        return 1
-    print(f"Prefect is ready: {url.removesuffix('/api')}  (logs: {HOME}/server.log, {HOME}/worker.log)")
-    print("Start a run:  prefect deployment run continual-embedded      End it all:  make stop")
-    return 0
+            raise GainLoRAError(f"prefect {' '.join(command)} failed: {done.stdout}{done.stderr}")
+    if not _process(record.get(POOL)):
+        worker = _start_worker(POOL, jobs or 1, url)
+        record = _write({**record, POOL: worker, "jobs": jobs or 1})
+    elif jobs not in (None, record["jobs"]):
+        there = f"the worker that is there runs {record['jobs']} at once"
+        raise GainLoRAError(f"jobs: {jobs}: {there}; `make stop` ends it, or go on with it by not naming jobs.")
+    if not _process(record.get(SWEEPS)):
+        record = _write({**record, SWEEPS: _start_worker(SWEEPS, 1, url)})
+    for pool in (POOL, SWEEPS):
+        _wait(functools.partial(_worker_online, url, pool), record[pool], pool)
 
 
-def stop() -> int:
-    """End exactly what `start` started, with its children: the worker first, then the server."""
+def stop() -> None:
+    """End exactly what `start` started, with its children: the workers first, then the server."""
     import psutil
 
     record = _record()
-    for name in ("worker", "server"):
+    for name in (SWEEPS, POOL, "server"):
         root = _process(record.get(name))
         if root is None:
             continue
@@ -119,7 +134,14 @@ def stop() -> int:
             _signal(process, psutil.Process.kill)
         print(f"{name} ended (process {root.pid})")
     RECORD.unlink(missing_ok=True)
-    return 0
+
+
+def _start_worker(pool: str, limit: int, url: str) -> list[float]:
+    """A worker of a pool; its runs share this machine's cores. [pid, start time]."""
+    values = environment(url)
+    if limit > 1:
+        values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // limit)))
+    return _spawn(["worker", "start", "--pool", pool, "--limit", str(limit), "--name", pool], values, pool)
 
 
 def _port() -> str:
@@ -130,14 +152,14 @@ def _prefect(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
 
 
-def _spawn(arguments: list[str], url: str, name: str) -> list[float]:
+def _spawn(arguments: list[str], values: dict[str, str], name: str) -> list[float]:
     """Start a Prefect process of its own session; [pid, start time]."""
     import psutil
 
     with (HOME / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             _prefect(arguments),
-            env=environment(url),
+            env=values,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -146,21 +168,20 @@ def _spawn(arguments: list[str], url: str, name: str) -> list[float]:
     return [process.pid, psutil.Process(process.pid).create_time()]
 
 
-def _wait(ready: Any, process: list[float], what: str) -> bool:
+def _wait(ready: Callable[[], bool], process: list[float], name: str) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and _process(process):
         if ready():
-            return True
+            return
         time.sleep(0.3)
-    log = HOME / f"{what.split()[0]}.log"
+    log = HOME / f"{name}.log"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-    print(f"The {what} did not become ready; the end of {log}:\n{tail}")
-    return False
+    raise GainLoRAError(f"{name}: did not become ready; the end of {log}: {tail}")
 
 
-def _worker_online(url: str) -> bool:
+def _worker_online(url: str, pool: str) -> bool:
     request = urllib.request.Request(
-        f"{url}/work_pools/{POOL}/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
+        f"{url}/work_pools/{pool}/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=5) as reply:
@@ -202,8 +223,25 @@ def _write(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def main(arguments: list[str]) -> int:
+    """The command line; the exit code."""
+    try:
+        match arguments:
+            case ["start", *jobs] if len(jobs) < 2 and all(word.isdecimal() and int(word) for word in jobs):
+                start(*map(int, jobs))
+                url = str(_record()["url"]).removesuffix("/api")
+                print(f"Prefect is ready: {url}  (logs: {HOME}/*.log)")
+                print("Start a run:  prefect deployment run continual-embedded      End it all:  make stop")
+            case ["stop"]:
+                stop()
+            case _:
+                print("usage: python -m flows.server start [JOBS] | stop", file=sys.stderr)
+                return 2
+    except GainLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    actions = {"start": start, "stop": stop}
-    if sys.argv[1:] not in (["start"], ["stop"]):
-        sys.exit("usage: python -m flows.server start|stop")
-    sys.exit(actions[sys.argv[1]]())
+    sys.exit(main(sys.argv[1:]))

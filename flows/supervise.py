@@ -1,4 +1,4 @@
-"""`gainlora run` -> one flow run in a process group of its own.
+"""`gainlora run`, `gainlora sweep` -> one flow run in a process group of its own.
 
 A flow called as a function starts a temporary Prefect server, which outlives a hard kill and then holds
 the terminal's pipes open (`dvc repro | tail` would hang). So the flow runs in a child with its own session;
@@ -20,8 +20,8 @@ from flows.server import answers, environment, find_server
 from gainlora.errors import GainLoRAError
 
 
-def run_flow(parameters: Mapping[str, Any]) -> int:
-    """Run flow `continual` with its parameters; the exit code.
+def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
+    """Run a flow with its parameters; the exit code.
 
     Uses the Prefect server of PREFECT_API_URL or `make serve` when there is one, else a temporary one.
 
@@ -38,7 +38,7 @@ def run_flow(parameters: Mapping[str, Any]) -> int:
     # Prefect's own lines stay in its UI; the flow prints its own (flows/process.py).
     values["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     child = subprocess.Popen(
-        [sys.executable, "-m", "flows.process", json.dumps(dict(parameters)), str(alive)],
+        [sys.executable, "-m", "flows.process", flow, json.dumps(dict(parameters)), str(alive)],
         env=values,
         pass_fds=[alive],
         start_new_session=True,

@@ -1,8 +1,9 @@
 """`prefect deployment run continual-order1`: a Prefect start-up hook.
 
-Prefect names a deployment FLOW/DEPLOYMENT. With this plugin FLOW-DEPLOYMENT names it too, and commands reach the
-server of `make serve` without PREFECT_API_URL. Enabled by prefect.toml, so it acts in this folder only
-(PREFECT_PLUGINS_ENABLED=true: anywhere). It acts only in the `prefect` command, never in flows.
+Prefect names a deployment FLOW/DEPLOYMENT. With this plugin FLOW-DEPLOYMENT names it too, and NAME alone is NAME/NAME
+(`prefect deployment run sweep`); commands reach the server of `make serve` without PREFECT_API_URL. Enabled by
+prefect.toml, so it acts in this folder only (PREFECT_PLUGINS_ENABLED=true: anywhere). It acts only in the `prefect`
+command, never in flows.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ def _accept_dashed_names() -> None:
         if "/" in name:
             return await original(self, name)
         found, missing = [], ObjectNotFound(ValueError(f"no deployment {name}"))
-        for i in (i for i, letter in enumerate(name) if letter == "-"):  # either part may hold dashes itself
+        splits = [(name[:i], name[i + 1 :]) for i, letter in enumerate(name) if letter == "-"]  # a part may hold dashes
+        for flow, deployment in splits or [(name, name)]:
             try:
-                found.append(await original(self, f"{name[:i]}/{name[i + 1 :]}"))
+                found.append(await original(self, f"{flow}/{deployment}"))
             except ObjectNotFound as error:
                 missing = error
         if len(found) != 1:

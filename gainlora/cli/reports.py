@@ -30,13 +30,9 @@ def _report(options: argparse.Namespace) -> int:
     if options.runs:
         print(write_report([read_any(path) for path in options.runs], options.out, section)[0])
         return 0
-    from gainlora.tracking.mlflow_runs import log_report, tracked_runs
+    from gainlora.tracking.mlflow_runs import report_tracked
 
-    tracking = side_section("tracking")
-    with tracked_runs(tracking) as runs:
-        files = write_report(runs, options.out, section)
-    log_report(files, tracking)
-    print(files[0])
+    print(report_tracked(options.out, side_section("tracking"), section)[0])
     return 0
 
 

@@ -50,12 +50,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a model of params.yaml, a hub id, or a folder; brings its hyperparameters")
     parser.add_argument("--skip-incomplete", action="store_true", help="leave out tasks whose files are missing")
     parser.add_argument(
-        "--set", dest="options", action="append", default=[], metavar="OPTION=VALUE", type=_option,
+        "--set", dest="options", action="append", default=[], metavar="OPTION=VALUE", type=set_option,
         help="e.g. --set train.learning_rate=5e-4 --set data.train_limit=null",
     )  # fmt: skip
 
 
-def _option(text: str) -> tuple[str, Any]:
+def set_option(text: str) -> tuple[str, Any]:
     """ "train.epochs=2" -> ("train.epochs", 2)."""
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     from gainlora.params import load_config
 
     overrides = _overrides(options, options.method)
-    _check(load_config(options.order, overrides=overrides))
+    check_run(load_config(options.order, overrides=overrides))
     from flows.supervise import run_flow
 
     return run_flow({"order": options.order, "overrides": overrides})
@@ -94,7 +94,7 @@ def _compare(options: argparse.Namespace) -> int:
     methods = dict.fromkeys(name.strip() for name in options.methods.split(","))
     configs = {m: load_config(options.order, overrides=_overrides(options, m)) for m in methods}
     for config in configs.values():
-        _check(config)
+        check_run(config)
     from flows.supervise import run_flow
 
     for method in configs:
@@ -127,7 +127,7 @@ def _overrides(options: argparse.Namespace, method: str | None) -> dict[str, Any
     return overrides
 
 
-def _check(config: Config) -> None:
+def check_run(config: Config) -> None:
     """Refuse what cannot run before a server starts: data, model, MLflow's address, folders to write to."""
     from gainlora.data.sources import resolve_model
     from gainlora.data.tasks import load_order

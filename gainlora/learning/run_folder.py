@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -89,11 +91,11 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None) ->
     return folder
 
 
-def hold(folder: Path) -> IO[str]:
+def hold(folder: Path, what: str = "this run") -> IO[str]:
     """Hold a run for this process: two would mix their work. The lock ends with the process, however it ends.
 
     Raises:
-        GainLoRAError: another process holds it.
+        GainLoRAError: another process holds it; the message says which one, where and since when.
     """
     handle = (folder / ".lock").open("a+")
     try:
@@ -101,12 +103,13 @@ def hold(folder: Path) -> IO[str]:
     except BlockingIOError:
         handle.seek(0)
         raise GainLoRAError(
-            f"{folder.name}: this run is in progress already (process {handle.read().strip() or 'unknown'}); wait for "
-            "it, or stop it and run again: it continues where it stopped."
+            f"{folder.name}: {what} is in progress already ({handle.read().strip() or 'just started'}); wait for "
+            "it, or stop it and give the same command again: it continues where it stopped."
         ) from None
     handle.seek(0)
     handle.truncate()
-    handle.write(str(os.getpid()))
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
     handle.flush()
     return handle
 

@@ -70,6 +70,29 @@ def tracked_runs(tracking: dict[str, Any], root: Path = Path(".")) -> Iterator[l
         yield runs
 
 
+def report_tracked(out: Path, tracking: dict[str, Any], report: dict[str, Any], root: Path = Path(".")) -> list[Path]:
+    """Write the report of all runs of the experiment, and keep it there.
+
+    Args:
+        out: the page's folder, or its file if it ends in .html.
+        tracking: params.yaml's section: experiment, uri.
+        report: params.yaml's section: decimals, dpi.
+        root: the project's folder.
+
+    Returns:
+        All files written, the page first.
+
+    Raises:
+        GainLoRAError: no runs, or the store cannot be read.
+    """
+    from gainlora.tracking.report import write_report
+
+    with tracked_runs(tracking, root) as runs:
+        files = write_report(runs, out, report)
+    log_report(files, tracking, root)
+    return files
+
+
 def log_report(files: Sequence[Path], tracking: dict[str, Any], root: Path = Path(".")) -> str:
     """Keep a report in the experiment: the artifacts of one run named "report", which the next report reuses.
 

@@ -90,21 +90,43 @@ def export(run: Run, out: Path, label: str = "") -> Path:
         GainLoRAError: the run is unfinished, the label no part of a file's name, or the file holds a run with other
             options.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_.=-]*", label):
-        raise GainLoRAError(f"--label: {label!r} becomes part of a file's name; use letters, digits, _ - . and =.")
     run = replace(run, label=label or run.label)
-    path = out / run.config["order"] / f"{run.method}-{run.model}-{run.config['seed']}.json"
-    if path.exists():
-        old, new = (options(r.config["config"]) for r in (read_result_file(path), run))
-        differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-        if differing:
-            name = differing[0]
-            raise GainLoRAError(
-                f"{path}: holds a run with other options ({name}: {old.get(name)} there, {new.get(name)} here); "
-                "give this one a name of its own with --label, e.g. --label no-init."
-            )
+    config = run.config
+    path = result_path(out, config["order"], config["method"], run.label, run.model, config["seed"])
+    is_there(path, config["config"])
     write_result_file(run, path)
     return path
+
+
+def is_there(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a result file of this configuration is there.
+
+    Raises:
+        GainLoRAError: it is one of a run with other options, or none at all.
+    """
+    if not path.exists():
+        return False
+    old, new = options(read_result_file(path).config["config"]), options(json.loads(json.dumps(config)))
+    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if differing:
+        name = differing[0]
+        raise GainLoRAError(
+            f"{path}: holds a run with other options ({name}: {old.get(name)} there, {new.get(name)} here); "
+            "give this one a name of its own with a label (--label), e.g. no-init."
+        )
+    return True
+
+
+def result_path(out: Path, order: str, method: str, label: str, model: str, seed: int) -> Path:
+    """Where a run's result file belongs under `out`.
+
+    Raises:
+        GainLoRAError: the label is no part of a file's name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.=-]*", label):
+        raise GainLoRAError(f"--label: {label!r} becomes part of a file's name; use letters, digits, _ - . and =.")
+    named = "+".join(filter(None, (method, label)))
+    return out / order / f"{named}-{Path(model).name}-{seed}.json"
 
 
 def _step(content: dict[str, Any]) -> Step:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from gainlora.params import load_config
+from flows.plan import Experiment, experiments
 from gainlora.tracking.document import Table
 from gainlora.tracking.gates import branch_roles
 from gainlora.tracking.markdown import markdown_page
 from gainlora.tracking.report import report_blocks
 from gainlora.tracking.results import read_result_file
-from results.make import Experiment, read_plan
 
 ROOT = Path(__file__).parents[2]
+PLAN = "results/plan.yaml"
+RESULTS = Path("results")
 
 
 @pytest.fixture(autouse=True)
@@ -22,22 +23,11 @@ def in_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_every_experiment_of_the_plan_is_a_run_with_a_file_of_its_own():
-    plan = read_plan()
-    assert len({e.file for e in plan}) == len(plan)
-    for e in plan:
-        config = load_config(e.order, overrides=e.overrides)
-        assert (config.method, config.seed) == (e.method, e.seed)
-
-
 def test_methods_of_one_order_differ_in_nothing_but_the_plan_says():
-    for order in {e.order for e in read_plan()}:
-        plain = [e for e in read_plan() if e.order == order and not e.options]
-        seen = set()
-        for e in plain:
-            config = load_config(e.order, overrides=e.overrides).to_dict()
-            seen.add(json.dumps({**config, "method": "", "seed": 0}, sort_keys=True))
-        assert len(seen) == 1
+    plan = experiments(plan=PLAN)
+    for order in {e.order for e in plan}:
+        configs = [e.config.to_dict() for e in plan if e.order == order and not e.options]
+        assert len({json.dumps({**config, "method": "", "seed": 0}, sort_keys=True) for config in configs}) == 1
 
 
 def test_the_command_says_all_that_the_file_stands_for():
@@ -46,13 +36,14 @@ def test_the_command_says_all_that_the_file_stands_for():
         *("run", "embedded", "--method", "gainlora-inflora", "--seed", "1"),
         *("--set", "gate.constrain_init=false"),
     ]
-    assert e.file == Path("results/embedded/gainlora-inflora+no-init-smollm2-135m-1.json")
+    assert e.file(RESULTS) == Path("results/embedded/gainlora-inflora+no-init-smollm2-135m-1.json")
 
 
 def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
-    plan = {e.file: e for e in read_plan()}
-    for path in sorted(Path("results").glob("*/*.json")):
+    plan = {e.file(RESULTS): e for e in experiments(plan=PLAN)}
+    for path in sorted(RESULTS.glob("*/*.json")):
         content, e = json.loads(path.read_text()), plan[path]
+        assert e.there(RESULTS)
         found = (content["order"], content["method"], content["seed"], content["label"])
         assert found == (path.parent.name, e.method, e.seed, e.label)
         R = content["R"]
@@ -65,7 +56,7 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
 
 def test_the_readme_shows_what_the_files_say():
     """Every row of the report's main table stands in README.md, to the digit."""
-    runs = [read_result_file(path) for path in sorted(Path("results").glob("*/*.json"))]
+    runs = [read_result_file(path) for path in sorted(RESULTS.glob("*/*.json"))]
     table = next(block for block in report_blocks(runs, 1) if isinstance(block, Table))
     page = markdown_page("", [table])
     shown = Path("README.md").read_text()
