@@ -36,10 +36,16 @@ class Progress:
 
 
 @contextmanager
+def one_attempt() -> Iterator[None]:
+    """Ask the server once: where asking later is as good, nobody waits."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        yield
+
+
+@contextmanager
 def _optional() -> Iterator[None]:
-    """One attempt, as learning must not wait for it."""
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with one_attempt():
             yield
     except httpx.HTTPError as error:
         get_run_logger().warning(f"Prefect's server does not answer ({type(error).__name__}); learning goes on")

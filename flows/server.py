@@ -93,9 +93,12 @@ def start(jobs: int | None = None) -> None:
         if answers(url):
             remedy = "end it, or take another port: PREFECT_PORT=4300 make serve"
             raise GainLoRAError(f"{url}: another Prefect server answers; {remedy}.")
-        stop()
+        if record.get("url") != url:
+            stop()
+            record = {}
+        # Else only the server is gone: workers wait for it, and what they run goes on.
         server = _spawn(["server", "start", "--host", "127.0.0.1", "--port", _port()], environment(url), "server")
-        record = _write({"url": url, "server": server})
+        record = _write({**record, "url": url, "server": server})
         _wait(lambda: answers(url), server, "server")
     for command in (
         ["work-pool", "create", POOL, "--type", "process", "--overwrite"],

@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelling, Completed, Failed
 
-from flows.artifacts import show_table
+from flows.artifacts import one_attempt, show_table
 from flows.plan import Experiment, experiments
 from flows.server import POOL
 from gainlora.errors import GainLoRAError
@@ -122,9 +122,10 @@ def refreshed(client: SyncPrefectClient, runs: dict[str, FlowRun]) -> dict[str, 
     names = {run.id: name for name, run in runs.items() if not final(run)}
     ids, found = list(names), []
     try:
-        for at in range(0, len(ids), PAGE):
-            these = FlowRunFilter(id={"any_": ids[at : at + PAGE]})
-            found += client.read_flow_runs(flow_run_filter=these, limit=PAGE)
+        with one_attempt():
+            for at in range(0, len(ids), PAGE):
+                these = FlowRunFilter(id={"any_": ids[at : at + PAGE]})
+                found += client.read_flow_runs(flow_run_filter=these, limit=PAGE)
     except httpx.HTTPError as error:
         get_run_logger().warning(f"Prefect's server does not answer ({type(error).__name__}); asking again")
         return {}
