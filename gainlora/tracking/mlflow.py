@@ -219,8 +219,21 @@ def store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, 
             database.parent.mkdir(parents=True, exist_ok=True)
             artifacts = (database.parent / "artifacts").as_uri()
             stack.enter_context(FileLock(f"{database}.lock"))
+            if not database.exists():
+                _make_database(database)
         client = MlflowClient(tracking_uri=uri)
         yield client, _experiment(client, tracking["experiment"], artifacts)
+
+
+def _make_database(database: Path) -> None:
+    """MLflow creates its tables one by one, and never goes on from half of them: the file appears whole."""
+    from mlflow import MlflowClient
+
+    new = database.with_name(database.name + ".new")
+    for left in (new, new.with_name(new.name + "-journal")):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+    new.replace(database)
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
