@@ -58,19 +58,18 @@ def note_hashes(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def export(order: str, folder: Path) -> None:
-    """metrics/<order>.json and adapters/<order>/ (the last task's model and result.json), each by one rename."""
+    """metrics/<order>.json and adapters/<order>/ (the finished model), each by one rename."""
+    from gainlora.handover.release import write_release
+
     result = folder / "result.json"
     metrics = Path("metrics", f"{order}.json")
     metrics.parent.mkdir(exist_ok=True)
     _replace(metrics, result.read_text(encoding="utf-8"))
 
-    last = sorted(folder.glob("task_*_*"))[-1]
     target = Path("adapters", order)
     new = target.with_name(f".{order}.new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    for file in [*last.glob("*.safetensors"), *last.glob("*.json"), result]:
-        shutil.copy2(file, new)
+    write_release(folder, new)
     shutil.rmtree(target, ignore_errors=True)
     new.rename(target)
 

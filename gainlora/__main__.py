@@ -10,7 +10,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from gainlora.cli import reports, runs, sweep
+from gainlora.cli import handover, reports, runs, sweep
 from gainlora.errors import GainLoRAError
 
 NO_ROOM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Options of a run are in params.yaml; --set lays a value over one of them.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (runs, sweep, reports):
+    for group in (runs, sweep, reports, handover):
         group.add(commands)
     return parser
 

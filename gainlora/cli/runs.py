@@ -132,7 +132,7 @@ def check_run(config: Config) -> None:
     from gainlora.data.sources import resolve_model
     from gainlora.data.tasks import load_order
     from gainlora.params import side_section
-    from gainlora.tracking.mlflow import tracking_uri
+    from gainlora.tracking.store import tracking_uri
 
     load_order(config.order, config.data)
     resolve_model(config.model.location)

@@ -75,7 +75,7 @@ def tokenize(
     kept = _load(folder)
     if kept is not None:
         return kept
-    prompt_ids, prompt_cut = _prompts(prompts, tokenizer, limits[0], encoder_decoder)
+    prompt_ids, prompt_cut = encode_prompts(prompts, tokenizer, limits[0], encoder_decoder)
     target_ids, target_cut = _targets([r[0] for r in references], tokenizer, limits[1])
     cut = [p or (t and split == "train") for p, t in zip(prompt_cut, target_cut, strict=True)]
     _save(
@@ -86,6 +86,17 @@ def tokenize(
     if made is None:
         raise GainLoRAError(f"{folder}: cannot be read back; check the disk, or delete it and run again.")
     return made
+
+
+def encode_prompts(
+    texts: list[str], tokenizer: Any, limit: int, encoder_decoder: bool
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of at most `limit` each, special tokens counted, the end kept; and which ones were cut."""
+    prefix, suffix = _frame(tokenizer)
+    suffix = (suffix or [tokenizer.eos_token_id]) if encoder_decoder else []
+    room = limit - len(prefix) - len(suffix)
+    ids = _encode(texts, tokenizer)
+    return [prefix + i[-room:] + suffix for i in ids], [len(i) > room for i in ids]
 
 
 def collate(
@@ -143,15 +154,6 @@ def epoch_batches(n: int, batch_size: int, seed: int, task: int, epoch: int) -> 
 def _pad(rows: list[list[int]], value: int, left: bool, width: int = 0) -> list[list[int]]:
     width = max([width, *map(len, rows)])
     return [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
-
-
-def _prompts(texts: list[str], tokenizer: Any, limit: int, encoder_decoder: bool) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of at most `limit` each, the end kept; and which ones were cut."""
-    prefix, suffix = _frame(tokenizer)
-    suffix = (suffix or [tokenizer.eos_token_id]) if encoder_decoder else []
-    room = limit - len(prefix) - len(suffix)
-    ids = _encode(texts, tokenizer)
-    return [prefix + i[-room:] + suffix for i in ids], [len(i) > room for i in ids]
 
 
 def _targets(texts: list[str], tokenizer: Any, limit: int) -> tuple[list[list[int]], list[bool]]:

@@ -54,12 +54,17 @@ class Task:
     """Training instances left out because their reference list holds only blank text (6 in one benchmark task)."""
 
     def prompt(self, example: Example) -> str:
-        """The text the model completes. Built by concatenation: braces in the data are text."""
-        if self.template == "superni":
-            head = f"Definition: {self.definition}\n\n" if self.definition else ""
-            return head + "Now complete the following example -\nInput: " + example.input + "\nOutput: "
-        head = f"{self.definition}\n" if self.definition else ""
-        return head + example.input + "\nOutput: "
+        """The text the model completes."""
+        return fill_template(self.template, self.definition, example.input)
+
+
+def fill_template(template: str, definition: str, text: str) -> str:
+    """The prompt for an input text (stripped) of a task. Built by concatenation: braces in the data are text."""
+    if template == "superni":
+        head = f"Definition: {definition}\n\n" if definition else ""
+        return head + "Now complete the following example -\nInput: " + text + "\nOutput: "
+    head = f"{definition}\n" if definition else ""
+    return head + text + "\nOutput: "
 
 
 def read_task(folder: Path, template: str, metric: str) -> Task:

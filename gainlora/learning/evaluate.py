@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,27 @@ from gainlora.data.batches import buckets, collate
 from gainlora.learning.metrics import score
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.progress import track
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: GainLoRAModel, tokenizer: Any, rows: Sequence[dict[str, Any]], max_new_tokens: int, num_beams: int
+) -> tuple[list[str], list[list[float]] | None]:
+    """Generated answers, stripped, and the coefficients a (B, T) of their prompts; None where all are 1.
+
+    Greedy (or beam) search; `load_base` removed the base model's own generation settings.
+
+    Args:
+        rows: B examples with prompt_ids.
+    """
+    inputs = collate(rows, tokenizer.pad_token_id, model.encoder_decoder, targets=False)
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    a = model.coefficients(**inputs)  # (B, T) or None
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    if not model.encoder_decoder:
+        output = output[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
+    answers = [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+    return answers, None if a is None else [[round(v, 5) for v in row] for row in a.tolist()]
 
 
 @dataclass(frozen=True)
@@ -31,8 +53,7 @@ def evaluate_task(
 ) -> list[Prediction]:
     """Generate and score an answer for every row, in the rows' order.
 
-    Greedy (or beam) search; `load_base` removed the base model's own generation settings. Batches hold prompts of
-    similar length; in float32 that changes no answer.
+    Batches hold prompts of similar length; in float32 that changes no answer.
 
     Args:
         rows: tokenized test examples.
@@ -43,16 +64,8 @@ def evaluate_task(
     lengths = [len(ids) for ids in rows["prompt_ids"]]
     for batch in track(buckets(lengths, config.evaluate.batch_size), f"evaluate {name}"):
         examples = [rows[i] for i in batch]
-        inputs = collate(examples, tokenizer.pad_token_id, model.encoder_decoder, targets=False)
-        inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        with torch.inference_mode():
-            a = model.coefficients(**inputs)  # (B, T) or None
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=config.evaluate.num_beams)
-        if not model.encoder_decoder:
-            output = output[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
-        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        answers, a = answer_batch(model, tokenizer, examples, max_new_tokens, config.evaluate.num_beams)
         for row, (i, example, answer) in enumerate(zip(batch, examples, answers, strict=True)):
             references = example["references"] if config.data.references == "all" else example["references"][:1]
-            coefficients = None if a is None else [round(v, 5) for v in a[row].tolist()]
-            found[i] = Prediction(answer.strip(), references, score(metric, answer, references), coefficients)
+            found[i] = Prediction(answer, references, score(metric, answer, references), a[row] if a else None)
     return [found[i] for i in range(len(lengths))]

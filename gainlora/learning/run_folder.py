@@ -47,6 +47,7 @@ def describe(config: Config, root: Path = Path(".")) -> tuple[dict[str, Any], di
             "path": f"{config.order.data}/{task.name}",
             "dvc": dvc_hash(Path(config.order.data) / task.name, root),
             "sha256": task.sha256,
+            "definition": task.definition,
             "train": len(task.train),
             "test": len(task.test),
         }

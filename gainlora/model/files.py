@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,19 +31,23 @@ if TYPE_CHECKING:
     from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 
 FORMAT = "gainlora-2"
+CONFIG, BRANCHES = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, BRANCHES, "gate.safetensors", "subspace.safetensors", "rule.safetensors")
+PUBLISHED = ("*.json", "*.safetensors", "*.md")
+"""All that goes to a hub or comes from it."""
 
 
 def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     """Write the frozen branches, gates and bases of `model` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     r = model.config.rank
     branches = {}
     for name, layer in model.layers.items():
         branches[f"{name}.lora_A"] = layer.A.unflatten(0, (-1, r))  # (T, r, d_in)
         branches[f"{name}.lora_B"] = layer.B.unflatten(1, (-1, r)).transpose(0, 1)  # (T, d_out, r)
-    save_tensors(branches, folder / "adapter_model.safetensors")
+    save_tensors(branches, folder / BRANCHES)
     if model.gates is not None:
         gates = {f"hidden.{index}": w for index, w in enumerate(model.gates.hidden, start=1)}
         save_tensors({**gates, "key": model.gates.key}, folder / "gate.safetensors")
@@ -59,12 +64,12 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     """The inverse of `save_adapter`; see `GainLoRAModel.from_pretrained`."""
     from gainlora.data.sources import resolve_model
 
-    config = _read_config(folder)
+    config = read_config(folder)
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()))
         base.to(pick_device())
     model = cls(base, config)
-    branches = _Tensors(folder / "adapter_model.safetensors", config)
+    branches = _Tensors(folder / BRANCHES, config)
     first = next(iter(model.layers))
     stacked = branches.length(f"{first}.lora_A")
     for name, layer in model.layers.items():
@@ -101,6 +106,62 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     return model
 
 
+def find_adapter(place: str | Path) -> Path:
+    """The adapter's own folder.
+
+    Args:
+        place: that folder, a run folder (the last finished task's state counts), or a hub id.
+
+    Raises:
+        GainLoRAError: there is none.
+    """
+    folder = Path(place)
+    if (folder / CONFIG).exists():
+        return folder
+    tasks = [path for path in folder.glob("task_*_*") if (path / CONFIG).exists()]
+    if tasks:
+        return max(tasks, key=lambda path: int(path.name.split("_")[1]))
+    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)) and not folder.parent.is_dir():
+        return _download(str(place))
+    kinds = "a run folder with a finished task, a task folder, adapters/<order>, or a hub id"
+    raise GainLoRAError(f"{folder / CONFIG}: not found; give {kinds}.")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(PUBLISHED)))
+    except Exception as error:  # of the hub, the network, or the disk
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise GainLoRAError(
+            f"{hub_id}: no such folder, and not on the hub ({reason}); give one or the other."
+        ) from None
+    if not (folder / CONFIG).exists():
+        raise GainLoRAError(f"{hub_id}: this model of the hub has no {CONFIG}; give one that `gainlora push` wrote.")
+    return folder
+
+
+def read_branches(folder: Path) -> tuple[GainLoRAConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """An adapter without its base model: config, and A (T, r, d_in), B (T, d_out, r) per adapted layer.
+
+    Raises:
+        GainLoRAError: a file is missing or damaged.
+    """
+    config = read_config(folder)
+    tensors = _Tensors(folder / BRANCHES, config)
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in tensors.left)
+    found = {
+        name: (
+            tensors.take(f"{name}.lora_A", None, config.rank, None),
+            tensors.take(f"{name}.lora_B", None, None, config.rank),
+        )
+        for name in layers
+    }
+    tensors.finish()
+    return config, found
+
+
 class _Tensors:
     """A file's tensors, taken one by one: each must be there, of the shape that config and base model ask for."""
 
@@ -133,10 +194,15 @@ class _Tensors:
             raise GainLoRAError(f"{self.path}: {name} has no place; the file {self.other}.")
 
 
-def _read_config(folder: Path) -> GainLoRAConfig:
+def read_config(folder: Path) -> GainLoRAConfig:
+    """adapter_config.json, checked.
+
+    Raises:
+        GainLoRAError: not there, of another format, or wrong.
+    """
     from gainlora.model.gainlora_model import GainLoRAConfig
 
-    path, damaged = folder / "adapter_config.json", "restore the folder from a copy"
+    path, damaged = folder / CONFIG, "restore the folder from a copy"
     absent = "give a task folder of a run (runs/<run>/task_<k>_<name>) or adapters/<order>"
     values = read_json(path, absent, damaged)
     found = values.pop("format", None) if isinstance(values, dict) else None

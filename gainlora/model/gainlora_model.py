@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -57,6 +58,21 @@ class GainLoRAConfig:
         """Whether there are gates."""
         return self.integration == "gated"
 
+    def check_mergeable(self) -> None:
+        """Whether W + s * sum_i B_i A_i stands for the model on every prompt.
+
+        Raises:
+            GainLoRAError: it does not, as coefficients are not all 1.
+        """
+        if self.integration == "equal":
+            return
+        why = {
+            "gated": "its gates give every branch a coefficient that depends on the prompt, so no one weight stands "
+            "for all prompts; serve the model as it is",
+            "single": "every task has a branch of its own, and which one counts is told with the prompt",
+        }[self.integration]
+        raise GainLoRAError(f"merge: {why}; or take one branch out, with coefficient 1: `gainlora export --branch`.")
+
 
 class GainLoRAModel(nn.Module):
     """Wraps `base`, whose target layers it replaces in place.
@@ -69,6 +85,7 @@ class GainLoRAModel(nn.Module):
     def __init__(self, base: Any, config: GainLoRAConfig) -> None:
         super().__init__()
         base.requires_grad_(False)
+        _tell_transformers()
         self.config = config
         self.integration = Integration(config.integration != "equal")
         targets = find_targets(base, config.targets)
@@ -110,6 +127,15 @@ class GainLoRAModel(nn.Module):
         return cast(Tensor, self.base.get_input_embeddings().weight).device
 
     @property
+    def generation_config(self) -> Any:
+        """transformers' settings of `generate`, the base model's."""
+        return self.base.generation_config
+
+    def can_generate(self) -> bool:
+        """For transformers' pipelines."""
+        return True
+
+    @property
     def width(self) -> int:
         """d, the width of the token embeddings."""
         return int(self.base.get_input_embeddings().weight.shape[1])
@@ -126,6 +152,21 @@ class GainLoRAModel(nn.Module):
 
     def get_base_model(self) -> Any:
         """The transformers model, its adapted layers in place."""
+        return self.base
+
+    @torch.no_grad()
+    def merge_and_unload(self) -> Any:
+        """The transformers model with all branches added to its weights, W + s * sum_i B_i A_i; this one is used up.
+
+        Raises:
+            GainLoRAError: see `GainLoRAConfig.check_mergeable`.
+        """
+        self.config.check_mergeable()
+        for name, layer in self.layers.items():
+            change = layer.scaling * layer.B @ layer.A  # (d_out, d_in)
+            layer.base.weight += change.to(layer.weight.dtype)
+            parent, _, child = name.rpartition(".")
+            setattr(self.base.get_submodule(parent), child, layer.base)
         return self.base
 
     def trainable_parameters(self) -> int:
@@ -245,16 +286,25 @@ class GainLoRAModel(nn.Module):
         """Load a learned adapter and its base model.
 
         Args:
-            folder: what `save_pretrained` wrote: a task folder of a run, or adapters/<order>.
+            folder: a run folder (its last finished task counts), a task folder of it, adapters/<order>, what else
+                `save_pretrained` wrote, or a hub id that `gainlora push` wrote to.
             base: an already loaded base model; None loads the one that the adapter names.
             dtype: of the base, when it is loaded here: auto, float32 or bfloat16.
 
         Raises:
             GainLoRAError: a file is missing, or does not belong to this base model.
         """
-        from gainlora.model.files import load_adapter
+        from gainlora.model.files import find_adapter, load_adapter
 
-        return load_adapter(cls, Path(folder), base, dtype)
+        return load_adapter(cls, find_adapter(folder), base, dtype)
+
+
+@cache
+def _tell_transformers() -> None:
+    """Without it pipeline("text-generation") works and calls the model unsupported."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.register(GainLoRAConfig, GainLoRAModel)
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""A run in MLflow: one parent run, one child run per task. The only module that imports mlflow.
+"""A run in MLflow: one parent run, one child run per task.
 
     parent  <run_id>              options as params; at step t: AP, FT, BWT, score.<task>, seconds.*,
             |                     subspace.* (basis sizes), stored.* (parameters kept),
@@ -15,17 +15,13 @@ the same points with the same timestamps, which the store keeps once. `mlflow_ru
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gainlora.errors import GainLoRAError
 from gainlora.tracking.folder import Run, Step, options, read_json, read_lines, read_run, read_step
+from gainlora.tracking.store import store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,8 +29,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 KEY, DONE, PARENT = "gainlora.key", "gainlora.done", "mlflow.parentRunId"
-ADDRESS = r"(sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://)[^\0]+"
-"""Of an MLflow store. It keeps no runs in folders."""
 POINTS = 1000
 """Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
 PARAM_LENGTH = 6000  # MLflow's limit
@@ -43,24 +37,6 @@ NOTE = (
     "better. BWT: below 0 is forgetting. score.X: on task X; a falling curve is a task being forgotten. "
     "Chart AP, FT and score.* of several runs together to compare methods; child runs hold the training curves."
 )
-
-
-def tracking_uri(root: Path = Path("."), uri: str | None = None) -> str:
-    """The store's address, absolute, so that it means the same in every process.
-
-    Args:
-        root: the project's folder.
-        uri: params.yaml's `tracking.uri`; None: SQLite in <root>/mlruns. A relative SQLite path counts from root.
-    """
-    if uri is None:
-        uri = "sqlite:///mlruns/mlflow.db"
-    if not re.fullmatch(ADDRESS, uri):
-        raise GainLoRAError(
-            f"tracking.uri: {uri!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
-        )
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{(root / uri.removeprefix('sqlite:///')).resolve()}"
-    return uri
 
 
 def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str:
@@ -192,65 +168,6 @@ def fail(
     """
     with store(tracking, root) as (client, _):
         client.set_terminated(parent_run_id, status)
-
-
-@contextlib.contextmanager
-def store(tracking: dict[str, Any], root: Path) -> Iterator[tuple[MlflowClient, str]]:
-    """Client and experiment id, both created when missing.
-
-    A local store is locked meanwhile: two processes that find no database would both create its
-    tables, and two that find no run would both create it.
-    """
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the flow tries again, and learning must not wait
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every file
-    for name in ("alembic", "mlflow.store.db.utils"):  # two lines for each of 50 migrations
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from filelock import FileLock
-    from mlflow import MlflowClient
-
-    uri = tracking_uri(root, tracking.get("uri"))
-    with contextlib.ExitStack() as stack:
-        artifacts = None
-        if uri.startswith("sqlite:///"):
-            database = Path(uri.removeprefix("sqlite:///"))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            artifacts = (database.parent / "artifacts").as_uri()
-            stack.enter_context(FileLock(f"{database}.lock"))
-            if not database.exists():
-                _make_database(database)
-        client = MlflowClient(tracking_uri=uri)
-        yield client, _experiment(client, tracking["experiment"], artifacts)
-
-
-def _make_database(database: Path) -> None:
-    """MLflow creates its tables one by one, and never goes on from half of them: the file appears whole."""
-    from mlflow import MlflowClient
-
-    new = database.with_name(database.name + ".new")
-    for left in (new, new.with_name(new.name + "-journal")):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
-    new.replace(database)
-
-
-def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException as error:  # another machine was faster
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise GainLoRAError(f"tracking.experiment: {name!r}: {error.message}") from None
-    if found.lifecycle_stage == "deleted":
-        remedy = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
-        raise GainLoRAError(f"tracking.experiment: {name!r} was deleted; {remedy}, or choose another name.")
-    return str(found.experiment_id)
 
 
 def _find(client: MlflowClient, experiment: str, key: str) -> MlflowRun | None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from gainlora.errors import GainLoRAError
 from gainlora.tracking.folder import Run, read_run
-from gainlora.tracking.mlflow import DONE, KEY, PARENT, store, tracking_uri
+from gainlora.tracking.mlflow import DONE, KEY, PARENT
+from gainlora.tracking.store import store, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

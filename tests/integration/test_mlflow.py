@@ -14,6 +14,7 @@ from gainlora.tracking import mlflow as tracked
 from gainlora.tracking.folder import Run, example_coefficients, read_run
 from gainlora.tracking.mlflow_runs import log_report, tracked_runs
 from gainlora.tracking.report import write_report
+from gainlora.tracking.store import store, tracking_uri
 from tests.fake_run import TASKS, mean_coefficients, write_run
 
 TRACKING = {"experiment": "gainlora", "uri": None}
@@ -32,8 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(root: Path) -> Any:
     from mlflow import MlflowClient
 
-    with tracked.store(TRACKING, root):
-        return MlflowClient(tracking_uri=tracked.tracking_uri(root))
+    with store(TRACKING, root):
+        return MlflowClient(tracking_uri=tracking_uri(root))
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +140,13 @@ def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path:
 
 def test_store_is_absolute_and_beside_the_artifacts(client: Any, root: Path, monkeypatch: Any, tmp_path: Path) -> None:
     assert client.get_experiment_by_name("gainlora").artifact_location == (root / "mlruns" / "artifacts").as_uri()
-    assert tracked.tracking_uri(root) == f"sqlite:///{root}/mlruns/mlflow.db"
+    assert tracking_uri(root) == f"sqlite:///{root}/mlruns/mlflow.db"
     monkeypatch.chdir(tmp_path)
-    assert tracked.tracking_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
-    assert tracked.tracking_uri(tmp_path, "sqlite:///a.db") == f"sqlite:///{tmp_path}/a.db"
-    assert tracked.tracking_uri(tmp_path, "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert tracking_uri(tmp_path, "sqlite:///a.db") == f"sqlite:///{tmp_path}/a.db"
+    assert tracking_uri(tmp_path, "http://127.0.0.1:5000") == "http://127.0.0.1:5000"
     with pytest.raises(GainLoRAError, match=r"tracking\.uri"):
-        tracked.tracking_uri(tmp_path, "mlruns")
+        tracking_uri(tmp_path, "mlruns")
 
 
 def test_stopped_run_is_reopened(client: Any, root: Path) -> None:
@@ -265,7 +266,7 @@ def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step
 
 def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: Path, capsys: Any) -> None:
     broken = {"experiment": "broken", "uri": None}
-    with tracked.store(broken, root) as (_, experiment):
+    with store(broken, root) as (_, experiment):
         client.create_run(experiment, tags={"gainlora.key": "old-run"})
         client.create_run(experiment, run_name="of somebody else")
     with tracked_runs(broken, root) as found:

@@ -1,0 +1,72 @@
+"""A finished model in a folder of its own: what a user needs to answer with it, and nothing of its training.
+
+adapter_config.json  *.safetensors    the adapter
+run.json                              the run that made it, as `gainlora results` writes it
+README.md                             the model card
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from gainlora.errors import GainLoRAError
+from gainlora.handover.card import CARD, adapter_usage, check_finished, make_card
+from gainlora.handover.folder import RUN, Learned, open_learned
+from gainlora.model.files import FILES, PUBLISHED
+from gainlora.tracking.results import write_result_file
+
+
+def write_release(place: str | Path, target: Path, name: str | None = None) -> Learned:
+    """Fill the folder `target` with a finished model.
+
+    Args:
+        place: a finished run's folder, or a finished model.
+        name: under which it will be loaded, in the card; None: adapters/<order>.
+
+    Returns:
+        The finished model.
+
+    Raises:
+        GainLoRAError: the run is not finished, or a file is missing or damaged.
+    """
+    learned = open_learned(place)
+    check_finished(learned)
+    known_as = name or f"adapters/{learned.config.order.name}"
+    target.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        if (learned.folder / file).exists():
+            shutil.copy2(learned.folder / file, target)
+    write_result_file(learned.run, target / RUN)
+    card = make_card(learned, known_as.rpartition("/")[2], adapter_usage(learned, known_as), "gainlora")
+    (target / CARD).write_text(card, encoding="utf-8")
+    return learned
+
+
+def push(place: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload a finished model to the hub (HF_ENDPOINT, HF_TOKEN); its address.
+
+    Args:
+        place: a finished run's folder, or a finished model.
+        repo_id: owner/name; made if there is none.
+
+    Raises:
+        GainLoRAError: the run is not finished, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory(prefix="gainlora-push-") as folder:
+        write_release(place, Path(folder), repo_id)
+        try:
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, allow_patterns=list(PUBLISHED), commit_message="GainLoRA adapter"
+            )
+        except Exception as error:  # of the hub or the network
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            raise GainLoRAError(
+                f"{repo_id}: not pushed ({reason}); give OWNER/NAME, and log in by `hf auth login` or HF_TOKEN."
+            ) from None
+    return str(done.commit_url)
