@@ -59,6 +59,7 @@ def note_hashes(folder: Path, hashes: dict[str, str]) -> None:
 
 def export(order: str, folder: Path) -> None:
     """metrics/<order>.json and adapters/<order>/ (the finished model), each by one rename."""
+    from gainlora.handover.folder import open_learned
     from gainlora.handover.release import write_release
 
     result = folder / "result.json"
@@ -69,7 +70,7 @@ def export(order: str, folder: Path) -> None:
     target = Path("adapters", order)
     new = target.with_name(f".{order}.new")
     shutil.rmtree(new, ignore_errors=True)
-    write_release(folder, new)
+    write_release(open_learned(folder), new)
     shutil.rmtree(target, ignore_errors=True)
     new.rename(target)
 

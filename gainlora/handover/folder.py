@@ -46,7 +46,7 @@ class Learned:
         return from_dict(self.run.config["config"])
 
     def base(self, given: str | None = None) -> str:
-        """What to load the base model from.
+        """What to load the base model from: a folder's absolute path, or a hub id.
 
         Args:
             given: hub id or folder in place of the one that the adapter names.
@@ -54,7 +54,8 @@ class Learned:
         Raises:
             GainLoRAError: there is no such model.
         """
-        return resolve_model(given) if given else resolve_model(self.adapter.base_model, self.root)
+        found = resolve_model(given) if given else resolve_model(self.adapter.base_model, self.root)
+        return str(Path(found).resolve()) if Path(found).is_dir() else found
 
 
 def open_learned(place: str | Path) -> Learned:

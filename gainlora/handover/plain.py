@@ -47,7 +47,6 @@ def export(place: str | Path, branch: str | None, out: Path, base: str | None = 
         tensors[f"base_model.model.{name}.lora_B.weight"] = B[chosen].transpose(0, 1).flatten(1)  # (d_out, n * r)
     taken = 1 if index is not None else count
     source = learned.base(base)
-    source = str(Path(source).resolve()) if Path(source).is_dir() else source
     encoder_decoder = base_config(source).is_encoder_decoder
     described = {
         "peft_type": "LORA",

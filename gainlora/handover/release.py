@@ -18,20 +18,15 @@ from gainlora.model.files import FILES, PUBLISHED
 from gainlora.tracking.results import write_result_file
 
 
-def write_release(place: str | Path, target: Path, name: str | None = None) -> Learned:
+def write_release(learned: Learned, target: Path, name: str | None = None) -> None:
     """Fill the folder `target` with a finished model.
 
     Args:
-        place: a finished run's folder, or a finished model.
         name: under which it will be loaded, in the card; None: adapters/<order>.
-
-    Returns:
-        The finished model.
 
     Raises:
         GainLoRAError: the run is not finished, or a file is missing or damaged.
     """
-    learned = open_learned(place)
     check_finished(learned)
     known_as = name or f"adapters/{learned.config.order.name}"
     target.mkdir(parents=True, exist_ok=True)
@@ -41,7 +36,6 @@ def write_release(place: str | Path, target: Path, name: str | None = None) -> L
     write_result_file(learned.run, target / RUN)
     card = make_card(learned, known_as.rpartition("/")[2], adapter_usage(learned, known_as), "gainlora")
     (target / CARD).write_text(card, encoding="utf-8")
-    return learned
 
 
 def push(place: str | Path, repo_id: str, private: bool = False) -> str:
@@ -57,7 +51,7 @@ def push(place: str | Path, repo_id: str, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory(prefix="gainlora-push-") as folder:
-        write_release(place, Path(folder), repo_id)
+        write_release(open_learned(place), Path(folder), repo_id)
         try:
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -44,7 +44,7 @@ def register(folder: Path, uri: str) -> int:
     """Register a finished run; the version's number. A run that is registered already keeps its version.
 
     Args:
-        folder: runs/<run_id>.
+        folder: a finished run's, or a finished model's.
         uri: the store's absolute address (`store.tracking_uri`).
 
     Raises:
@@ -69,7 +69,7 @@ def register(folder: Path, uri: str) -> int:
                 return int(version.version)
         place = f"model-{done[:8]}"
         with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
-            _save(learned, digest, Path(scratch) / "model", Path(scratch) / "adapter")
+            save_model(learned, Path(scratch) / "model")
             client.log_artifacts(run_id, str(Path(scratch) / "model"), place)
         with contextlib.suppress(MlflowException):  # it exists
             client.create_registered_model(name, description=f"Finished runs of order {learned.config.order.name}.")
@@ -97,28 +97,34 @@ def signature(learned: Learned) -> ModelSignature:
     )
 
 
-def _save(learned: Learned, digest: str, model: Path, adapter: Path) -> None:
-    """Write the model in MLflow's layout."""
+def save_model(learned: Learned, folder: Path) -> None:
+    """Write a finished model in MLflow's layout, as `mlflow models serve -m` takes it.
+
+    Args:
+        folder: a new one.
+    """
     import mlflow.pyfunc
     import pandas
 
-    write_release(learned.folder.parent, adapter)
     prompts = [
         make_prompt(learned, "Some text of this task.", t)
         for t in learned.run.tasks
         if "definition" in learned.run.data[t]
     ]
-    settings: dict[str, Any] = {"base": learned.base(), "base_digest": digest}
-    mlflow.pyfunc.save_model(
-        str(model),
-        python_model=str(Path(__file__).with_name("served_model.py")),  # as code: nothing is pickled
-        artifacts={"adapter": str(adapter)},
-        model_config=settings,
-        signature=signature(learned),
-        input_example=pandas.DataFrame({"text": prompts or ["Some text.\nOutput: "]}),
-        pip_requirements=[f"{package}=={installed(package)}" for package in PACKAGES],
-        metadata={"order": learned.config.order.name, "base_model": learned.adapter.base_model, **settings},
-    )
+    base = learned.base()
+    settings: dict[str, Any] = {"base": base, "base_digest": base_digest(base)}
+    with tempfile.TemporaryDirectory(prefix="gainlora-model-") as adapter:
+        write_release(learned, Path(adapter))
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(Path(__file__).with_name("served_model.py")),  # as code: nothing is pickled
+            artifacts={"adapter": adapter},
+            model_config=settings,
+            signature=signature(learned),
+            input_example=pandas.DataFrame({"text": prompts or ["Some text.\nOutput: "]}),
+            pip_requirements=[f"{package}=={installed(package)}" for package in PACKAGES],
+            metadata={"order": learned.config.order.name, "base_model": learned.adapter.base_model, **settings},
+        )
 
 
 def _run_id(client: MlflowClient, key: str) -> str:

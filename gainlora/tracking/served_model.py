@@ -5,12 +5,11 @@
 A text is a whole prompt; no task id is known here. Without --env-manager local, nothing installs this package.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import mlflow.models
+import pandas
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
@@ -36,7 +35,9 @@ class ServedModel(PythonModel):
             raise GainLoRAError(f"{base}: not the base model that this adapter was learned on (another SHA-256).")
         self.predictor = Predictor(learned, base)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Answers in the rows' order."""
         params = params or {}
         longest = params.get("max_new_tokens")

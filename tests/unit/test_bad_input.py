@@ -244,7 +244,9 @@ USAGE = [
     ["run", "tiny", "--set", "seed=2024-99-99"], ["run", "tiny", "--set", "seed={a: 1, a: 2}"],
     ["run", "tiny", "--set", "seed=" + "[" * 500], ["run", "tiny", "--nonsense"], ["compare"], ["fetch"],
     ["compare", "tiny", "--methods"], ["fetch", "nonsense"], ["fetch", "embedded", "--from"], ["results"],
-    ["report", "--nonsense"], ["repair"], ["repair", "x", "--from-task", "first"], ["repair", "x", "y"], ["rerun"],
+    ["predict"], ["predict", "x", "y", "z"], ["predict", "x", "--batch-size", "many"], ["export", "x"], ["merge", "x"],
+    ["push", "x"], ["register"], ["report", "--nonsense"], ["repair"], ["repair", "x", "--from-task", "first"],
+    ["repair", "x", "y"], ["rerun"],
 ]  # fmt: skip
 
 
@@ -301,6 +303,15 @@ COMMANDS = [
     ("repair RUN --from-task 3", "--from-task: 3: this run has 1 to 1 of its 4 tasks"),
     ("rerun nowhere", "nowhere/config.json: not found"),
     ("rerun base", "base/config.json: lacks config, code, dtype"),
+    ("predict nowhere", "predict: give a TEXT or --file, one of them"),
+    ("predict nowhere text", "nowhere/adapter_config.json: not found; give a run folder with a finished task"),
+    ("predict RUN text", "adapter_config.json: format None is no GainLoRA adapter"),
+    ("predict no/such text", "no/such: no such folder, and not on the hub ("),
+    ("predict params.yaml text --batch-size 0", "--batch-size: 0 is too small"),
+    ("export base --out out", "base/adapter_config.json: not found"),
+    ("merge base --out out", "base/adapter_config.json: not found"),
+    ("push base me/name", "base/adapter_config.json: not found"),
+    ("register base", "base/adapter_config.json: not found"),
     ("fetch cl-benchmark --from nowhere", "--from: nowhere: holds neither SuperNI nor Long_Sequence"),
     ("fetch cl-benchmark --from params.yaml", "--from: params.yaml: holds neither"),
     ("fetch embedded --from data", "--from: only for cl-benchmark"),

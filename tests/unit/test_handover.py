@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
+from flows import versions
 from gainlora import GainLoRAModel
 from gainlora.__main__ import main
 from gainlora.data.tasks import read_task
@@ -183,7 +184,7 @@ def test_a_finished_model_stands_alone(gated, tmp_path, capsys, monkeypatch):
     away = shutil.copytree(gated.parent.parent, tmp_path / "project")
     text = prompt(gated, "task2").split("\n")[1]
     expected = said(capsys, "predict", gated, text, "--task", "task2", "--explain")
-    write_release(away / "runs" / gated.name, tmp_path / "model")
+    write_release(open_learned(away / "runs" / gated.name), tmp_path / "model")
     shutil.rmtree(away)
     assert {p.name for p in (tmp_path / "model").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors", "run.json",
@@ -196,9 +197,19 @@ def test_a_finished_model_stands_alone(gated, tmp_path, capsys, monkeypatch):
     assert f"AP {result['AP']:.1f}, FT {result['FT']:.1f}" in card and "* made up" in card and "24 | 8" in card
     for row, task in zip(result["R"], result["tasks"], strict=True):
         assert " | ".join([f"| {task}", *("" if v is None else f"{v:.1f}" for v in row)]) in card
-    write_release(tmp_path / "model", tmp_path / "again")  # a copy of a copy keeps it all
+    write_release(open_learned(tmp_path / "model"), tmp_path / "again")  # a copy of a copy keeps it all
     assert (tmp_path / "again" / "README.md").read_text() == card
     assert (tmp_path / "again" / "run.json").read_bytes() == (tmp_path / "model" / "run.json").read_bytes()
+
+
+def test_what_a_flow_publishes_is_a_finished_model(gated, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        versions.export("tiny", gated)
+    assert (tmp_path / "metrics" / "tiny.json").read_bytes() == (gated / "result.json").read_bytes()
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["tiny"]
+    text = prompt(gated, "task3")
+    assert said(capsys, "predict", "adapters/tiny", text) == said(capsys, "predict", gated, text)
 
 
 # -- peft and plain weights --------------------------------------------------------------------------------
