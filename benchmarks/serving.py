@@ -56,9 +56,8 @@ def main() -> None:
     same = sum(a == b for a, b in zip(*answers.values(), strict=True))
     for name, median in medians.items():
         print(f"{name:9} {options.prompts / median:7.1f} answers/s   {1000 * median:7.1f} ms a request of {len(texts)}")
-    print(
-        f"ratio {medians['base'] / medians['gainlora']:.3f} of the base model's throughput; {same} of {len(texts)} answers alike"
-    )
+    ratio = medians["base"] / medians["gainlora"]
+    print(f"ratio {ratio:.3f} of the base model's throughput; {same} of {len(texts)} answers alike")
 
 
 def _silent(learned: Learned, scratch: Path) -> Path:

@@ -110,7 +110,8 @@ def _predict(options: argparse.Namespace) -> int:
                 added: dict[str, Any] = {ANSWER: answer.text}
                 if options.explain:
                     added[COEFFICIENTS] = dict(zip(predictor.branches, answer.coefficients or [], strict=True))
-                print(json.dumps({**lines[number].given, **added}, ensure_ascii=False))
+                line = json.dumps({**lines[number].given, **added}, ensure_ascii=False)
+                sys.stdout.write(line + "\n")  # in one piece, whenever Ctrl-C comes
             sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

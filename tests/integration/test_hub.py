@@ -28,6 +28,7 @@ def gainlora(*arguments, home, endpoint):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
     """Nothing but the adapter, the run and the card goes there, no token is shown, and the answers are the same."""
     with fake_hub() as hub:

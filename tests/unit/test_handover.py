@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,3 +288,24 @@ def test_what_cannot_be_handed_over_is_refused_with_the_reason(learned, gated, t
     assert not list(tmp_path.iterdir())
     assert "exists already" in refused(capsys, "export", gated, "--branch", "1", "--out", tmp_path)
     assert "not pushed" in refused(capsys, "push", gated, "no slash or ../..")
+
+
+@pytest.mark.slow
+def test_a_long_file_stops_cleanly(gated, tmp_path):
+    """Whole lines only, by Ctrl-C as by a reader that has seen enough."""
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"text": prompt(gated, "task1", i % 8), "id": i}) + "\n" for i in range(5000)))
+    command = [sys.executable, "-m", "gainlora", "predict", str(gated), "--file", str(file), "--batch-size", "1"]
+    for stopped_by, code in (("Ctrl-C", 130), ("reader", 0)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stderr and json.loads(process.stdout.readline())["id"] == 0
+            rest = ""
+            if stopped_by == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+                rest = process.stdout.read()
+            else:
+                process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == code
+        lines = [json.loads(line)["id"] for line in rest.splitlines()]
+        assert lines == list(range(1, len(lines) + 1)) and len(lines) < 4999
