@@ -17,6 +17,8 @@ class ServedBase(PythonModel):
     def load_context(self, context: Any) -> None:
         self.settings = context.model_config
         model, self.tokenizer = load_base(self.settings["base"], getattr(torch, self.settings["dtype"]))
+        # as in GainLoRAModel, or this comparison would be one of the output layer (several times slower without it)
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
         self.model = model.to(pick_device())
 
     @torch.inference_mode()

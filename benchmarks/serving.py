@@ -105,7 +105,7 @@ def _served(model: Path) -> Iterator[int]:
     with log.open("w") as output:
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=output, stderr=output, start_new_session=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
+            stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
             for _ in range(600):

@@ -25,15 +25,22 @@ FINISHED_HELP = "a finished run's folder, adapters/ORDER, or a hub id"
 def add(commands: Any) -> None:
     """Their parsers."""
     predict = commands.add_parser(
-        "predict", help="answers of a learned model",
+        "predict", help="answers of a learned model", usage="gainlora predict [options] RUN (TEXT | --file JSONL)",
         description="Answers of a learned model. TEXT is the whole prompt, answered as it stands; with --task it is a "
         "text of that task, and the task's instruction and template are put around it as in training. Which branches "
         "answer is never told: the gates decide by the prompt (method single alone takes the branch of --task).",
     )  # fmt: skip
     predict.add_argument("run", metavar="RUN", help=RUN_HELP)
-    predict.add_argument("text", nargs="?", metavar="TEXT", help="one prompt, or with --task one text")
+    text = predict.add_argument("text", metavar="TEXT", help="one prompt, or with --task one text")
+
+    class File(argparse.Action):
+        """Takes the place of TEXT. (An optional TEXT, nargs="?", would not be found behind an option.)"""
+
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+            namespace.file, text.required = values, False
+
     predict.add_argument(
-        "--file", type=Path, metavar="JSONL",
+        "--file", type=Path, metavar="JSONL", action=File,
         help='one object per line with "text" and perhaps "task"; the same lines, with "answer", go to stdout',
     )  # fmt: skip
     predict.add_argument("--task", metavar="NAME", help="put the text into this task's prompt")
@@ -76,8 +83,8 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    if (options.text is None) == (options.file is None):
-        raise GainLoRAError("predict: give a TEXT or --file, one of them.")
+    if options.text and options.file:
+        raise GainLoRAError("--file: given beside a TEXT; give one of them.")
     for name in ("max_new_tokens", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise GainLoRAError(f"--{name.replace('_', '-')}: {value} is too small; give at least 1.")

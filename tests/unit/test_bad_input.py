@@ -244,9 +244,9 @@ USAGE = [
     ["run", "tiny", "--set", "seed=2024-99-99"], ["run", "tiny", "--set", "seed={a: 1, a: 2}"],
     ["run", "tiny", "--set", "seed=" + "[" * 500], ["run", "tiny", "--nonsense"], ["compare"], ["fetch"],
     ["compare", "tiny", "--methods"], ["fetch", "nonsense"], ["fetch", "embedded", "--from"], ["results"],
-    ["predict"], ["predict", "x", "y", "z"], ["predict", "x", "--batch-size", "many"], ["export", "x"], ["merge", "x"],
-    ["push", "x"], ["register"], ["report", "--nonsense"], ["repair"], ["repair", "x", "--from-task", "first"],
-    ["repair", "x", "y"], ["rerun"],
+    ["predict"], ["predict", "x"], ["predict", "x", "y", "z"], ["predict", "x", "--batch-size", "many"],
+    ["export", "x"], ["merge", "x"], ["push", "x"], ["register"], ["report", "--nonsense"], ["repair"],
+    ["repair", "x", "--from-task", "first"], ["repair", "x", "y"], ["rerun"],
 ]  # fmt: skip
 
 
@@ -303,7 +303,7 @@ COMMANDS = [
     ("repair RUN --from-task 3", "--from-task: 3: this run has 1 to 1 of its 4 tasks"),
     ("rerun nowhere", "nowhere/config.json: not found"),
     ("rerun base", "base/config.json: lacks config, code, dtype"),
-    ("predict nowhere", "predict: give a TEXT or --file, one of them"),
+    ("predict nowhere text --file in.jsonl", "--file: given beside a TEXT; give one of them"),
     ("predict nowhere text", "nowhere/adapter_config.json: not found; give a run folder with a finished task"),
     ("predict RUN text", "adapter_config.json: format None is no GainLoRA adapter"),
     ("predict no/such text", "no/such: no such folder, and not on the hub ("),

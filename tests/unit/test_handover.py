@@ -145,8 +145,6 @@ def test_a_bad_line_is_named_before_any_work(gated, tmp_path, capsys, monkeypatc
 
 
 def test_what_predict_refuses(learned, gated, tmp_path, capsys):
-    assert "give a TEXT or --file" in refused(capsys, "predict", gated)
-    assert "give a TEXT or --file" in refused(capsys, "predict", gated, "a", "--file", "b")
     assert "--max-new-tokens: 0 is too small" in refused(capsys, "predict", gated, "a", "--max-new-tokens", "0")
     assert "text: empty" in refused(capsys, "predict", gated, " ")
     assert "adapter_config.json: not found; give a run folder" in refused(capsys, "predict", tmp_path, "a")
