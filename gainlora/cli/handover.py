@@ -160,15 +160,19 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _register(options: argparse.Namespace) -> int:
+    from mlflow.exceptions import MlflowException
+
+    from gainlora.handover.folder import open_learned
     from gainlora.params import side_section
     from gainlora.tracking.registry import model_name, register
     from gainlora.tracking.store import tracking_uri
 
     uri = tracking_uri(Path("."), side_section("tracking")["uri"])
-    version = register(options.run, uri)
-    from gainlora.handover.folder import open_learned
-
     name = model_name(open_learned(options.run).config.order.name)
+    try:
+        version = register(options.run, uri)
+    except MlflowException as error:
+        raise GainLoRAError(f"tracking.uri: {uri}: {error.message[:300]}; nothing is registered.") from None
     print(f"{name} version {version}; to serve it:")
     print(
         f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m models:/{name}/{version} --env-manager local "

@@ -19,6 +19,7 @@ from typing import Any
 from gainlora.config import Config, from_dict
 from gainlora.data.sources import resolve_model
 from gainlora.errors import GainLoRAError
+from gainlora.learning.files import verify_checksums
 from gainlora.model.files import find_adapter, read_config
 from gainlora.model.gainlora_model import GainLoRAConfig
 from gainlora.tracking.folder import Run, read_run
@@ -77,6 +78,7 @@ def open_learned(place: str | Path) -> Learned:
             f"{folder / RUN}: not found, and {run_folder} is no run folder; give the run folder itself, or make the "
             "finished model anew by its `gainlora run`."
         )
+    verify_checksums(folder)
     return Learned(folder, adapter, read_run(run_folder), run_folder.parent.parent)
 
 

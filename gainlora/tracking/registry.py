@@ -23,7 +23,7 @@ from gainlora.handover.folder import Learned, base_digest, open_learned
 from gainlora.handover.predict import make_prompt
 from gainlora.handover.release import write_release
 from gainlora.tracking.mlflow import DONE, KEY
-from gainlora.tracking.store import connect
+from gainlora.tracking.store import SQLITE, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,6 +58,8 @@ def register(folder: Path, uri: str) -> int:
         )
     from mlflow.exceptions import MlflowException
 
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise GainLoRAError(f"tracking.uri: {uri} is not there; give the `gainlora run` command again, which makes it.")
     run, name = learned.run, model_name(learned.config.order.name)
     digest = base_digest(learned.base())
     done = hashlib.sha256(json.dumps([run.result, digest], sort_keys=True).encode()).hexdigest()

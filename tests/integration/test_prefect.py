@@ -176,7 +176,13 @@ def test_without_a_server_the_flow_brings_its_own_and_ends_it(tmp_path, model):
     result = json.loads((tmp_path / "metrics" / "tiny.json").read_text())
     assert result["method"] == "gainlora-inflora" and len(result["R"]) == 3
     published = {path.name for path in (tmp_path / "adapters" / "tiny").iterdir()}
-    assert {"adapter_model.safetensors", "gate.safetensors", "adapter_config.json", "result.json"} <= published
+    assert {
+        "adapter_model.safetensors",
+        "gate.safetensors",
+        "adapter_config.json",
+        "run.json",
+        "README.md",
+    } <= published
     assert set(project.mlflow_runs().popitem()[1]) == {"FINISHED"}
 
 

@@ -103,6 +103,14 @@ def test_what_cannot_be_registered(run, uri, version, capsys, monkeypatch, tmp_p
     stream.result()
     with pytest.raises(GainLoRAError, match="MLflow has no such run; give its `gainlora run` command again"):
         register(stream.folder, uri)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("orders: {}")
+    assert main(["register", str(run)]) == 1
+    assert f"{tmp_path}/mlruns/mlflow.db is not there" in capsys.readouterr().err
+    (tmp_path / "params.yaml").write_text("tracking: {uri: http://127.0.0.1:9}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert main(["register", str(run)]) == 1
+    assert "tracking.uri: http://127.0.0.1:9: " in capsys.readouterr().err
     other = shutil.copytree(run, tmp_path / "project" / "runs" / run.name)
     shutil.rmtree(other / "task_03_task3")
     with pytest.raises(GainLoRAError, match="2 of 3 tasks are learned"):

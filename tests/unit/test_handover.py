@@ -156,6 +156,14 @@ def test_what_predict_refuses(learned, gated, tmp_path, capsys):
     )
 
 
+def test_a_damaged_run_is_not_used(gated, tmp_path, capsys):
+    away = shutil.copytree(gated.parent.parent, tmp_path / "project") / "runs" / gated.name
+    state = away / "task_03_task3" / "gate.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"!")
+    for command in (["predict", away, "a"], ["export", away, "--branch", "1", "--out", tmp_path / "out"]):
+        assert "changed since it was written (another SHA-256); `gainlora repair" in refused(capsys, *command)
+
+
 def test_a_prompt_that_is_cut_is_said(gated, capsys):
     assert main(["predict", str(gated), "w1 " * 40]) == 0
     assert "1 of 1 prompts lost their start: more than 32 tokens" in capsys.readouterr().err
@@ -245,7 +253,9 @@ def test_a_branch_in_peft_is_the_model_with_that_coefficient_1(learned, kind, br
     assert "library_name: peft" in card and f"branch {index + 1}, learned on task{index + 1}" in card
 
 
-@pytest.mark.parametrize(("kind", "method"), [("llama", "inclora"), ("t5", "olora"), ("llama", "slao")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "inclora"), ("t5", "olora"), ("llama", "slao"), ("llama", "multitask")]
+)
 def test_equal_branches_are_one_lora_and_one_weight(learned, kind, method, tmp_path, capsys):
     from peft import PeftModel
 
