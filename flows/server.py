@@ -89,6 +89,9 @@ def start(jobs: int | None = None) -> None:
     """
     HOME.mkdir(exist_ok=True)
     record, url = _record(), default_url()
+    if _process(record.get(POOL)) and jobs not in (None, record["jobs"]):
+        there = f"the worker that is there runs {record['jobs']} at once"
+        raise GainLoRAError(f"jobs: {jobs}: {there}; `make stop` ends it, or go on with it by not naming jobs.")
     if not (record.get("url") == url and _process(record.get("server")) and answers(url)):
         if answers(url):
             remedy = "end it, or take another port: PREFECT_PORT=4300 make serve"
@@ -111,9 +114,6 @@ def start(jobs: int | None = None) -> None:
     if not _process(record.get(POOL)):
         worker = _start_worker(POOL, jobs or 1, url)
         record = _write({**record, POOL: worker, "jobs": jobs or 1})
-    elif jobs not in (None, record["jobs"]):
-        there = f"the worker that is there runs {record['jobs']} at once"
-        raise GainLoRAError(f"jobs: {jobs}: {there}; `make stop` ends it, or go on with it by not naming jobs.")
     if not _process(record.get(SWEEPS)):
         record = _write({**record, SWEEPS: _start_worker(SWEEPS, 1, url)})
     for pool in (POOL, SWEEPS):
