@@ -249,6 +249,14 @@ class Config:
         """Whether branches are weighed by gates (`gainlora-*`) or all by 1."""
         return self.method.startswith("gainlora-")
 
+    def check_processes(self, count: int) -> None:
+        """Refuse more processes than a step has examples."""
+        if count > self.train.batch_size:
+            raise GainLoRAError(
+                f"launch.num_processes: {count} cannot share the {self.train.batch_size} examples of train.batch_size; "
+                "start fewer."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

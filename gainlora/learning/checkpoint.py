@@ -5,7 +5,7 @@
                           kept.<layer>:<name>          what the branch rule keeps
                           gate.<name>                  start, memory and change of the gate
                           optimizer.<i>.<name>         AdamW's moments and step count of parameter i
-                          random.cpu, random.cuda      torch's generators (a base with dropout draws from them)
+                          random.<i>.cpu, .cuda        generators of process i (a base with dropout draws from them)
       progress.json       records of train.jsonl so far, learning rate schedule, seconds
       checksums.json
 
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gainlora import distributed
 from gainlora.errors import GainLoRAError
 from gainlora.learning.files import read_json, seal, verify_checksums, write_json
 from gainlora.model.files import save_tensors
@@ -55,8 +56,11 @@ class Checkpoints:
         """Write the state after `len(records)` steps, then remove older ones.
 
         Args:
-            random: `random_states` after these steps.
+            random: this process's `random_states` after these steps.
         """
+        generators = distributed.gather([random])
+        if distributed.index():
+            return
         tensors: dict[str, Tensor] = {}
         for name, layer in model.layers.items():
             A, B = layer.learning
@@ -66,7 +70,8 @@ class Checkpoints:
             tensors |= {f"gate.{name}": value for name, value in model.gate.state_dict().items()}
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        tensors |= {f"random.{device}": state for device, state in random.items()}
+        for process, states in enumerate(generators):
+            tensors |= {f"random.{process}.{device}": state for device, state in states.items()}
         target = self.partial / f"checkpoint_{len(records):05d}"
         new = self.partial / f".{target.name}"
         shutil.rmtree(new, ignore_errors=True)
@@ -89,6 +94,10 @@ def random_states() -> dict[str, Tensor]:
 
 def latest(partial: Path) -> Path | None:
     """The newest whole checkpoint of a task. A damaged one counts as none: the task starts again."""
+    return distributed.first(lambda: _latest(partial))
+
+
+def _latest(partial: Path) -> Path | None:
     for folder in sorted(partial.glob("checkpoint_*"), reverse=True):
         try:
             verify_checksums(folder)
@@ -129,9 +138,11 @@ def restore_training(folder: Path, optimizer: Any, scheduler: Any) -> Records:
     for group, rate in zip(optimizer.param_groups, progress["rates"], strict=True):
         group["lr"] = rate
     scheduler.load_state_dict(progress["scheduler"])
-    torch.set_rng_state(tensors["random.cpu"].clone())
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"].clone())
+    states = _under(tensors, f"random.{distributed.index()}.")  # none where there were fewer processes
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"].clone())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].clone())
     records: Records = progress["records"]
     return records
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gainlora import distributed
 from gainlora.config import Config
 from gainlora.data.batches import buckets, collate
 from gainlora.learning.metrics import score
@@ -62,10 +63,23 @@ def evaluate_task(
     model.eval()
     found: dict[int, Prediction] = {}
     lengths = [len(ids) for ids in rows["prompt_ids"]]
-    for batch in track(buckets(lengths, config.evaluate.batch_size), f"evaluate {name}"):
+    for batch, counts in track(distributed.share(buckets(lengths, config.evaluate.batch_size)), f"evaluate {name}"):
         examples = [rows[i] for i in batch]
         answers, a = answer_batch(model, tokenizer, examples, max_new_tokens, config.evaluate.num_beams)
+        if not counts:
+            continue
         for row, (i, example, answer) in enumerate(zip(batch, examples, answers, strict=True)):
             references = example["references"] if config.data.references == "all" else example["references"][:1]
             found[i] = Prediction(answer, references, score(metric, answer, references), a[row] if a else None)
+    found = dict(distributed.gather(list(found.items())))
     return [found[i] for i in range(len(lengths))]
+
+
+def coefficient_statistics(predictions: list[Prediction]) -> dict[str, list[float]]:
+    """Mean and standard deviation of a_1..a_t over a task's examples."""
+    a = torch.tensor([p.coefficients for p in predictions])  # (examples, t)
+    return {"mean": _rounded(a.mean(0)), "std": _rounded(a.std(0, correction=0))}
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(v, 5) for v in values.tolist()]

@@ -19,7 +19,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning.files import write_json
 from gainlora.model.base import pick_device, pick_dtype
 
-LEARNING_CODE = ("config.py", "plain.py", "reading.py", "data", "model", "rules", "learning")
+LEARNING_CODE = ("config.py", "plain.py", "reading.py", "distributed.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
 ALL_TASKS = "all_tasks"
 """Name of the only step of a method that learns all tasks at once."""
@@ -79,8 +79,6 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None) ->
     Raises:
         GainLoRAError: data or model are not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise GainLoRAError("WORLD_SIZE: several processes cannot share one run; start it without accelerate launch.")
     resolve_model(config.model.location, root)
     folder = root.resolve() / "runs" / name if name else run_folder(config, root)
     if (folder / "config.json").exists():

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gainlora import distributed
 from gainlora.config import Config
-from gainlora.data.batches import buckets, collate
+from gainlora.data.batches import IGNORED, buckets, collate
 from gainlora.learning.trainer import derive_seed, target_loss
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, new_key, widths
@@ -41,10 +42,12 @@ class Examples:
         self.order = buckets(lengths, config.evaluate.batch_size)
 
     def batches(self, description: str, single: bool = False) -> Iterator[dict[str, Tensor]]:
-        """One pass; `single`: one example a batch."""
-        order = [[i] for indices in self.order for i in indices] if single else self.order
-        for indices in track(order, description):
+        """This process's part of one pass; `single`: the whole pass, one example a batch."""
+        every = [([i], True) for indices in self.order for i in indices]
+        for indices, counts in track(every if single else distributed.share(self.order), description):
             batch = collate([self.rows[i] for i in indices], self.pad_id, self.model.encoder_decoder, targets=True)
+            if not counts:
+                batch["labels"].fill_(IGNORED)  # an example without an answer does not count
             yield {key: value.to(self.model.device) for key, value in batch.items()}
 
 
@@ -118,3 +121,15 @@ def _gradients(model: GainLoRAModel, examples: Examples) -> Iterator[None]:
     finally:
         model.zero_grad(set_to_none=True)
         model.integration.coefficients = None
+
+
+def basis_sizes(model: GainLoRAModel) -> dict[str, dict[str, int]]:
+    """How full the memories are: directions kept, and of how many."""
+    gate = {str(i): m for i, m in enumerate(model.gate_memory, start=1)} if model.config.gated else {}
+    layers = {group: basis for group, basis in model.layer_memory.items() if sum(u.shape[1] for u in basis)}
+    return {
+        "gate": {i: m.shape[1] for i, m in gate.items()},
+        "gate_width": {i: m.shape[0] for i, m in gate.items()},
+        "layers": {group: sum(u.shape[1] for u in basis) for group, basis in layers.items()},
+        "layers_width": {group: sum(u.shape[0] for u in basis) for group, basis in layers.items()},
+    }

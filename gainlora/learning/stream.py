@@ -9,36 +9,41 @@
 A task folder appears by one atomic rename: it is there whole, or not at all. Every step is idempotent, so a
 stopped run continues by starting it again; finished tasks are never retrained. The digest covers the
 configuration, the data and the code that learns, so a folder never mixes two of them.
+
+Several processes (gainlora/learning/worker.py) take the steps together; the first one holds the folder and writes.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from gainlora import distributed
 from gainlora.config import Config, from_dict
 from gainlora.data.batches import tokenize
 from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError
 from gainlora.learning.checkpoint import PROGRESS, Checkpoints, latest, restore_branch
-from gainlora.learning.evaluate import Prediction, evaluate_task
+from gainlora.learning.evaluate import Prediction, coefficient_statistics, evaluate_task
 from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
 from gainlora.learning.run_folder import hold, make_run
-from gainlora.learning.steps import Examples, prepare_task, update_memory
+from gainlora.learning.steps import Examples, basis_sizes, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
-from gainlora.model.base import check_positions, load_base, pick_device
+from gainlora.model.base import check_positions, load_base, place
 from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 
 
 class Stream:
-    """One run folder, opened for work by one process. Make it with `create` or `open`."""
+    """One run folder, opened for work. Make it with `create` or `open`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder.parent.parent
@@ -50,7 +55,7 @@ class Stream:
         self.skipped: list[str] = described["skipped"]
         self.dtype: torch.dtype = getattr(torch, described["dtype"])
         self.horizon = self.config.subspace.horizon or len(self.tasks)
-        self._lock = hold(folder)
+        self._lock = None if distributed.index() else hold(folder)
         self._loaded: tuple[GainLoRAModel, Any] | None = None
         self._holds = -1  # tasks that the model in memory has learned; -1: in the middle of one
         self._seconds: dict[str, float] = {}
@@ -80,7 +85,8 @@ class Stream:
     @property
     def finished(self) -> int:
         """Number of finished steps."""
-        return next((t for t in range(len(self.steps)) if not self.task_folder(t + 1).is_dir()), len(self.steps))
+        T = len(self.steps)
+        return distributed.first(lambda: next((t for t in range(T) if not self.task_folder(t + 1).is_dir()), T))
 
     def task_folder(self, t: int) -> Path:
         """Folder of finished step t (1-based)."""
@@ -93,6 +99,16 @@ class Stream:
     def seen(self, t: int) -> list[str]:
         """Tasks that are learned after step t, in order."""
         return [name for k in range(1, t + 1) for name in self.learned_at(k)]
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let another process of this machine hold the run meanwhile."""
+        assert self._lock is not None
+        self._lock.close()
+        try:
+            yield
+        finally:
+            self._lock = hold(self.folder)
 
     # -- the parts of step t (1-based), in this order; each returns at once where its work is done -------------
 
@@ -123,7 +139,8 @@ class Stream:
             if "prepare" not in seconds or "train" in seconds:
                 self.prepare(t)
                 seconds, self._seconds = self._seconds, {}
-            shutil.rmtree(partial, ignore_errors=True)  # what an update that was stopped left there
+            # what an update that was stopped left there
+            distributed.first(lambda: shutil.rmtree(partial, ignore_errors=True))
             before = 0.0
         started = time.perf_counter() - before
         model, tokenizer = self._model()
@@ -133,7 +150,7 @@ class Stream:
         records = train_task(
             model, self._training(t), self.config, t, self.steps[t - 1], tokenizer.pad_token_id, checkpoints
         )
-        write_lines(partial / "train.jsonl", records)
+        distributed.first(lambda: write_lines(partial / "train.jsonl", records))
         self._seconds = {**seconds, "train": time.perf_counter() - started}
 
     def update(self, t: int) -> None:
@@ -148,15 +165,20 @@ class Stream:
         update_memory(model, self._examples(t), self.config, t, self.steps[t - 1], self.horizon)
         self._holds = t
         partial = self._partial(t)
-        model.save_pretrained(partial)
-        write_json(partial / "subspace.json", _basis_sizes(model))
-        flush(partial)
-        learned = {
-            "seconds": {**seconds, "update": time.perf_counter() - started},
-            "truncated": sum(self._training(t)["truncated"]),
-            "trainable_parameters": self._trainable,
-        }
-        write_json(partial / "learned.json", learned)  # last: it says that the state above is whole
+
+        def save() -> None:
+            model.save_pretrained(partial)
+            write_json(partial / "subspace.json", basis_sizes(model))
+            flush(partial)
+            learned = {
+                "seconds": {**seconds, "update": time.perf_counter() - started},
+                "truncated": sum(self._training(t)["truncated"]),
+                "trainable_parameters": self._trainable,
+                "num_processes": distributed.count(),
+            }
+            write_json(partial / "learned.json", learned)  # last: it says that the state above is whole
+
+        distributed.first(save)
 
     def evaluate(self, t: int) -> dict[str, Any]:
         """Answer the test examples of tasks 1..t; row t of R. Returns the content of scores.json."""
@@ -164,15 +186,18 @@ class Stream:
             return read_json(self.task_folder(t) / "scores.json")
         self.update(t)
         started = time.perf_counter()
+        predictions = {name: self._predict(name, t) for name in self.seen(t)}
+        return distributed.first(lambda: self._score(t, predictions, started))
+
+    def _score(self, t: int, predictions: dict[str, list[Prediction]], started: float) -> dict[str, Any]:
+        """Write the files of an evaluation; the content of scores.json."""
         partial = self._partial(t)
         scores, coefficients = {}, {}
-        for name in self.seen(t):
-            predictions = self._predict(name, t)
-            scores[name] = sum(p.score for p in predictions) / len(predictions)
+        for name, answers in predictions.items():
+            scores[name] = sum(p.score for p in answers) / len(answers)
             if self.config.gated:
-                a = torch.tensor([p.coefficients for p in predictions])  # (examples, t)
-                coefficients[name] = {"mean": _rounded(a.mean(0)), "std": _rounded(a.std(0, correction=0))}
-            write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in predictions])
+                coefficients[name] = coefficient_statistics(answers)
+            write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in answers])
         R = [*self.accuracy_matrix(t - 1), list(scores.values())]
         learned = read_json(partial / "learned.json")
         learned["seconds"]["evaluate"] = time.perf_counter() - started
@@ -192,9 +217,9 @@ class Stream:
     def finish(self, t: int) -> Path:
         """Seal task t's folder: checksums, then one rename. Returns the folder."""
         if t > self.finished:
-            if not (self._partial(t) / "scores.json").exists():
+            if not distributed.first((self._partial(t) / "scores.json").exists):
                 self.evaluate(t)
-            seal(self._partial(t), self.task_folder(t))
+            distributed.first(lambda: seal(self._partial(t), self.task_folder(t)))
         return self.task_folder(t)
 
     def result(self) -> dict[str, Any]:
@@ -206,7 +231,7 @@ class Stream:
         T, steps = len(self.tasks), len(self.steps)
         if self.finished < steps:
             raise GainLoRAError(f"{self.folder}: {self.finished} of {steps} tasks are learned; run the order again.")
-        R = self.accuracy_matrix(steps)
+        R = distributed.first(lambda: self.accuracy_matrix(steps))
         config = self.config
         result = {
             "order": config.order.name,
@@ -218,7 +243,7 @@ class Stream:
             "R": [[None] * T] * (T - steps) + [[round(v, 4) for v in row] + [None] * (T - len(row)) for row in R],
             **{key: None if v is None else round(v, 4) for key, v in _summary(R).items()},
         }
-        write_json(self.folder / "result.json", result)
+        distributed.first(lambda: write_json(self.folder / "result.json", result))
         return result
 
     def accuracy_matrix(self, t: int) -> list[list[float]]:
@@ -236,7 +261,7 @@ class Stream:
 
     def _learned(self, t: int) -> bool:
         """Whether the state after task t is on disk, evaluated or not."""
-        return t <= self.finished or (self._partial(t) / "learned.json").exists()
+        return t <= self.finished or distributed.first((self._partial(t) / "learned.json").exists)
 
     def _model(self) -> tuple[GainLoRAModel, Any]:
         assert self._loaded is not None
@@ -250,7 +275,7 @@ class Stream:
         self._loaded = None  # never two bases in memory
         base, tokenizer = load_base(resolve_model(config.model.location, self.root), self.dtype)
         check_positions(base, config.data.max_prompt_tokens, config.data.max_target_tokens)
-        base.to(pick_device())
+        place(base)
         if k == 0:
             adapter = GainLoRAConfig(
                 base_model=config.model.location,
@@ -325,19 +350,3 @@ def _opened(folder: Path) -> Stream:
 
 def _summary(R: list[list[float]]) -> dict[str, float | None]:
     return {"AP": average_performance(R), "FT": forgetting(R), "BWT": backward_transfer(R)}
-
-
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(v, 5) for v in values.tolist()]
-
-
-def _basis_sizes(model: GainLoRAModel) -> dict[str, dict[str, int]]:
-    """How full the memories are: directions kept, and of how many."""
-    gate = {str(i): m for i, m in enumerate(model.gate_memory, start=1)} if model.config.gated else {}
-    layers = {group: basis for group, basis in model.layer_memory.items() if sum(u.shape[1] for u in basis)}
-    return {
-        "gate": {i: m.shape[1] for i, m in gate.items()},
-        "gate_width": {i: m.shape[0] for i, m in gate.items()},
-        "layers": {group: sum(u.shape[1] for u in basis) for group, basis in layers.items()},
-        "layers_width": {group: sum(u.shape[0] for u in basis) for group, basis in layers.items()},
-    }

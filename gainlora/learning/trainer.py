@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gainlora import distributed
 from gainlora.config import Config
 from gainlora.data.batches import collate, epoch_batches
 from gainlora.errors import GainLoRAError
@@ -48,8 +49,8 @@ def train_task(
 ) -> Records:
     """Train the started branch (and gate) on one task, from its latest checkpoint if there is one.
 
-    The loss is the mean over all target tokens of a batch, however it is split into micro-batches, plus the rule's
-    penalty.
+    The loss is the mean over all target tokens of a batch, however it is split into micro-batches and among processes,
+    plus the rule's penalty.
 
     Args:
         rows: tokenized training examples (`gainlora.data.batches.tokenize`).
@@ -62,11 +63,9 @@ def train_task(
     Raises:
         GainLoRAError: the loss is not finite.
     """
-    from accelerate import Accelerator
     from transformers import get_scheduler
 
     settings = config.train
-    accelerator = Accelerator()
     batches = [
         batch
         for epoch in range(settings.epochs)
@@ -79,10 +78,14 @@ def train_task(
         # the reentrant kind loses the coefficients' gradient
         model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weight = config.rule.penalty_weight if settings.penalty_weight is None else settings.penalty_weight
-    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    gate = [] if model.gate is None else list(model.gate.state_dict().values())
+    # equal already, but for what another kind of machine rounds otherwise
+    distributed.copy_first([*(t for layer in model.layers.values() for t in layer.learning), *gate])
     penalties = [p for layer in model.layers.values() if (p := config.rule.penalty(layer)) is not None]
-    torch.manual_seed(derive_seed(config.seed, task, "train"))  # the base's own dropout, where it has any
-    wrapped.train()
+    # the base's own dropout, where it has any: other numbers for the other processes' examples
+    own = f"train/{distributed.index()}" if distributed.index() else "train"
+    torch.manual_seed(derive_seed(config.seed, task, own))
+    model.train()
     saved = latest(checkpoints.partial)
     records = restore_training(saved, optimizer, scheduler) if saved else []
     random, whole = random_states(), True  # whole: the model is that of len(records) steps
@@ -92,21 +95,25 @@ def train_task(
             examples = [rows[i] for i in batch]
             loss = 0.0
             tokens = sum(len(e["target_ids"]) for e in examples)
-            for micro in _split(examples, settings.micro_batch_size or settings.batch_size):
+            size = min(settings.micro_batch_size or len(batch), math.ceil(len(batch) / distributed.count()))
+            for micro, counts in distributed.share(_split(examples, size)):
                 tensors = {
-                    key: value.to(accelerator.device)
+                    key: value.to(model.device)
                     for key, value in collate(micro, pad_id, model.encoder_decoder, targets=True).items()
                 }
-                part = target_loss(wrapped, tensors, model.encoder_decoder) / tokens
-                accelerator.backward(part)
+                part = target_loss(model, tensors, model.encoder_decoder) / tokens * counts
+                part.backward()
                 loss += part.item()
-            penalty = {"penalty": _add_penalties(accelerator, penalties, weight)} if penalties else {}
+            penalized = _add_penalties(penalties[distributed.index() :: distributed.count()], weight)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            loss, penalized = distributed.add(gradients, (loss, penalized))
+            penalty = {"penalty": penalized} if penalties else {}
             if not math.isfinite(loss + sum(penalty.values())):
                 found = f"the loss is {loss}" + "".join(f", the penalty {value}" for value in penalty.values())
                 remedy = "lower train.learning_rate, or set model.dtype to float32"
                 raise GainLoRAError(f"task {name}, step {step}: {found}; {remedy}.")
             if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             rate, whole = scheduler.get_last_lr()[0], False
             optimizer.step()
             scheduler.step()
@@ -118,22 +125,23 @@ def train_task(
             if checkpoints.due(step, len(batches)):
                 checkpoints.save(model, optimizer, scheduler, records, random)
     except BaseException as error:
-        if whole and records and not isinstance(error, Exception):  # interrupted, not failed: nothing is lost
+        alone = distributed.count() == 1  # the others may be in the middle of a step
+        if alone and whole and records and not isinstance(error, Exception):  # interrupted, not failed: nothing is lost
             checkpoints.save(model, optimizer, scheduler, records, random)
         raise
-    wrapped.eval()
+    model.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:
         model.base.gradient_checkpointing_disable()
     return records
 
 
-def _add_penalties(accelerator: Any, penalties: Sequence[Callable[[], Tensor]], weight: float) -> float:
+def _add_penalties(penalties: Sequence[Callable[[], Tensor]], weight: float) -> float:
     """Add the gradient of the layers' penalties, one by one: a layer's may be as large as its weight."""
     total = 0.0
     for penalty in penalties:
         part = weight * penalty()
-        accelerator.backward(part)
+        part.backward()
         total += part.item()
     return total
 

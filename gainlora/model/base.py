@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gainlora import distributed
 from gainlora.errors import GainLoRAError
 
 ATTENTION_PROJECTIONS = (("q_proj", "v_proj"), ("q", "v"))
@@ -102,6 +103,33 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def place(model: Any) -> None:
+    """Put the base on this process's device; with FSDP, this process's shard of it.
+
+    Nothing of the base trains, so only its weights are shared out: each block of layers is one unit, gathered when it
+    is used. Embeddings, last norm and output layer stay whole, as pooling and `generate` use them on their own. What
+    is added to the base later, branches and gates, is not sharded.
+    """
+    device = pick_device()
+    if distributed.sharded():
+        if not model._no_split_modules:
+            raise GainLoRAError(
+                f"launch.config: FSDP: {type(model).__name__} does not name its blocks; start without FSDP."
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (distributed.count(),))
+        blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        shared = {p for block in blocks for p in block.parameters()}
+        # a root without weights of its own: it lets the next block be gathered while one computes
+        fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - shared)
+        model._is_fsdp_managed_module = True  # tells `generate` that all processes step together
+    model.to(device)
 
 
 def check_positions(model: Any, max_prompt_tokens: int, max_target_tokens: int) -> None:

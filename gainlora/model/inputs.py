@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gainlora import distributed
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.model.gate import Gate
 from gainlora.model.subspace import Covariance
@@ -22,7 +23,7 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
     Layers that share an input share its covariance, by the name of their group.
 
     Args:
-        batches: collated examples with labels.
+        batches: this process's collated examples with labels; those without a label do not count.
     Returns:
         group -> (b, d/b, d/b) blocks of C, float32.
     """
@@ -41,8 +42,8 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
     model.eval()
     try:
         for batch in batches:
-            masks["source"] = batch["attention_mask"].bool()
             masks["target"] = batch["labels"] != -100
+            masks["source"] = batch["attention_mask"].bool() & masks["target"].any(1, keepdim=True)
             # logits are not needed: one position is the least that a decoder-only model will compute
             least = {} if model.encoder_decoder else {"logits_to_keep": 1}
             model(**batch, use_cache=False, **least)
@@ -50,6 +51,7 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         model.train(training)
         for handle in handles:
             handle.remove()
+    _add_up(found.values())
     return {group: c.matrices(group) for group, c in found.items()}
 
 
@@ -62,5 +64,12 @@ def gate_covariances(model: GainLoRAModel, gate: Gate, batches: Iterable[Batch])
         features = gate.features(model.pool(batch["input_ids"], mask))
         found = found or [Covariance(p.shape[1], device=p.device) for p in features]
         for c, p in zip(found, features, strict=True):
-            c.update(p)
+            c.update(p[(batch["labels"] != -100).any(1)])
+    _add_up(found)
     return [c.matrices(f"gate layer {index}")[0] for index, c in enumerate(found, start=1)]
+
+
+def _add_up(found: Iterable[Covariance]) -> None:
+    """Make the sums those of all processes' examples."""
+    for c in found:
+        c.count = round(distributed.add([c.total], [c.count])[0])

@@ -265,12 +265,6 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         learn(root)
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(GainLoRAError, match="WORLD_SIZE"):
-        learn(project(tmp_path))
-
-
 def test_a_changed_file_of_a_finished_task_is_named(tmp_path):
     stream = learn(project(tmp_path))
     path = stream.task_folder(2) / "adapter_model.safetensors"
