@@ -21,7 +21,7 @@ from prefect import flow, get_run_logger, task
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows import versions
+from flows import launch, versions
 from flows.artifacts import Progress, show_table
 from gainlora.errors import GainLoRAError
 from gainlora.params import load_config, order_names, side_section
@@ -93,7 +93,7 @@ def learn(order: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Returns:
         The run folder and the content of its result.json.
     """
-    config = load_config(order, overrides=options)
+    config, processes = load_config(order, overrides=options), side_section("launch", overrides=options)
     hashes = version_data(order, config.order.data)
     folder, tasks, finished = open_run(order, options, hashes)
     report_start(folder, finished, tasks)
@@ -102,6 +102,8 @@ def learn(order: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         progress = Progress(100 * finished / len(tasks), key=artifact_key("progress", folder))
         for t, name in enumerate(tasks, start=1):
             step = {"folder": folder, "t": t, "total": len(tasks), "name": name}
+            if processes["num_processes"] > 1 and t > finished:
+                learn_together(**step, **processes)  # the steps that follow find their work done
             prepare(**step)
             train(**step)
             update(**step)
@@ -139,6 +141,13 @@ def open_run(order: str, options: dict[str, Any], hashes: dict[str, str]) -> tup
     stream = Stream.create(load_config(order, overrides=options))
     versions.note_hashes(stream.folder, hashes)
     return str(stream.folder), list(stream.steps), stream.finished
+
+
+@task(task_run_name=f"learn on {{num_processes}} processes {STEP}")
+def learn_together(folder: str, t: int, total: int, name: str, num_processes: int, config: str | None) -> None:
+    """All steps of task t on several processes."""
+    with stream(folder).lent():
+        launch.launch(folder, t, num_processes, config)
 
 
 @task(task_run_name=f"prepare branch {STEP}")

@@ -20,6 +20,24 @@ from gainlora.reading import read_yaml, shown
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """On how many processes a run learns; what is learned depends on it by rounding only."""
+
+    num_processes: int = 1
+    """Processes of `accelerate launch`, one for each GPU; they share the examples of a step and of a pass."""
+    config: str | None = None
+    """accelerate's configuration file, e.g. configs/fsdp.yaml; null: this machine, each process with the whole base."""
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise GainLoRAError(f"launch.num_processes: {self.num_processes} is too small; give at least 1.")
+        if self.config is not None and self.num_processes == 1:
+            raise GainLoRAError(f"launch.config: {self.config} is for several processes; raise launch.num_processes.")
+        if self.config is not None and not Path(self.config).is_file():
+            raise GainLoRAError(f"launch.config: {self.config}: no such file; name a configuration of accelerate.")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where runs are recorded; decides nothing about what is learned."""
 
@@ -44,8 +62,8 @@ class ReportConfig:
                 raise GainLoRAError(f"report.{option}: {value} is out of range; give {least} to {most}.")
 
 
-SIDE_SECTIONS: dict[str, type] = {"tracking": TrackingConfig, "report": ReportConfig}
-"""Sections of params.yaml that no run depends on."""
+SIDE_SECTIONS: dict[str, type] = {"launch": LaunchConfig, "tracking": TrackingConfig, "report": ReportConfig}
+"""Sections of params.yaml that no run depends on. `launch` may be overridden for a run, too."""
 TEMPLATES = ("superni", "long_sequence")
 """Prompt templates: a model may have values for orders of one of them."""
 
@@ -66,9 +84,11 @@ def load_config(
         GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
     """
     raw = read_params(params)
-    for section in SIDE_SECTIONS:  # checked now, though what is learned does not depend on them
-        side_section(section, params)
+    overrides = overrides or {}
+    aside = {section: side_section(section, params, overrides) for section in SIDE_SECTIONS}  # checked now
+    for section in SIDE_SECTIONS:
         raw.pop(section, None)
+    overrides = {option: value for option, value in overrides.items() if not _of_launch(option)}
     if "order" in raw:
         raise GainLoRAError(f"{params}: order: unknown option; did you mean 'orders'.")
     models = raw.pop("models", None) or {}
@@ -78,14 +98,16 @@ def load_config(
         raise GainLoRAError(f"{where}: expected data, template, metric, tasks and perhaps settings (option: value).")
     inside = {key: value for key, value in spec.items() if key != "settings"}
     values: dict[str, Any] = {**raw, "order": {"name": name, **inside}}
-    own = {f"{where}.settings": settings, "override": overrides or {}}
+    own = {f"{where}.settings": settings, "override": overrides}
     chosen = {option: value for layer in own.values() for option, value in layer.items()}
     base = values.get("model")
     model = chosen.get("model.name", base.get("name") if isinstance(base, dict) else None)
     template = chosen.get("order.template", inside.get("template"))
     for source, layer in {**_model_layers(models, model, template, params), **own}.items():
         _lay(values, layer, source, params)
-    return typing.cast(Config, build(Config, values, ""))
+    config = typing.cast(Config, build(Config, values, ""))
+    config.check_processes(aside["launch"]["num_processes"])
+    return config
 
 
 def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
@@ -121,18 +143,32 @@ def _model_layers(models: Any, name: Any, template: Any, params: str | Path) -> 
 def _lay(values: dict[str, Any], layer: Mapping[str, Any], source: str, params: str | Path) -> None:
     for option, value in layer.items():
         if str(option).split(".")[0] in SIDE_SECTIONS:
-            raise GainLoRAError(f"{source}: {option}: is set in {params} only, as no run depends on it.")
+            launch = " or for a run" if _of_launch(option) else ""
+            raise GainLoRAError(f"{source}: {option}: is set in {params}{launch} only, as no run depends on it.")
         set_option(values, str(option), value, source)
 
 
-def side_section(name: str, params: str | Path = "params.yaml") -> dict[str, Any]:
-    """Section `tracking` or `report`, checked and complete.
+def side_section(
+    name: str, params: str | Path = "params.yaml", overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Section `launch`, `tracking` or `report`, checked and complete.
+
+    Args:
+        overrides: dotted name -> value, of which those of `launch` are laid over that section.
 
     Raises:
         GainLoRAError: an option is unknown or wrong.
     """
-    made = build(SIDE_SECTIONS[name], read_params(params).get(name) or {}, f"{name}.")
+    values = {name: read_params(params).get(name) or {}}
+    for option, value in (overrides or {}).items():
+        if name == "launch" and _of_launch(option):
+            set_option(values, str(option), value, "override")
+    made = build(SIDE_SECTIONS[name], values[name], f"{name}.")
     return dataclasses.asdict(made)
+
+
+def _of_launch(option: str) -> bool:
+    return str(option).startswith("launch.")
 
 
 def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _write_task(
             rows.append({**answer, "coefficients": spread if gated else None})
         _write_lines(folder / "predictions" / f"{name}.jsonl", rows)
     seconds = {"prepare": 1.0, "train": 6.0, "update": 0.5, "evaluate": 2.5}
-    counts = {"truncated": 1, "trainable_parameters": 460_800}
+    counts = {"truncated": 1, "trainable_parameters": 460_800, "num_processes": 1}
     scores = {"task": names[t - 1], "index": t, "scores": dict(zip(seen, R[-1], strict=True))}
     _write(folder / "scores.json", {**scores, **measures(R), "seconds": seconds, **counts})
     if gated:

@@ -192,12 +192,9 @@ class Stream:
     def _score(self, t: int, predictions: dict[str, list[Prediction]], started: float) -> dict[str, Any]:
         """Write the files of an evaluation; the content of scores.json."""
         partial = self._partial(t)
-        scores, coefficients = {}, {}
         for name, answers in predictions.items():
-            scores[name] = sum(p.score for p in answers) / len(answers)
-            if self.config.gated:
-                coefficients[name] = coefficient_statistics(answers)
             write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in answers])
+        scores = {name: sum(p.score for p in answers) / len(answers) for name, answers in predictions.items()}
         R = [*self.accuracy_matrix(t - 1), list(scores.values())]
         learned = read_json(partial / "learned.json")
         learned["seconds"]["evaluate"] = time.perf_counter() - started
@@ -210,6 +207,7 @@ class Stream:
             "seconds": {phase: round(s, 2) for phase, s in learned["seconds"].items()},
         }
         if self.config.gated:
+            coefficients = {name: coefficient_statistics(answers) for name, answers in predictions.items()}
             write_json(partial / "coefficients.json", coefficients)
         write_json(partial / "scores.json", row)
         return row

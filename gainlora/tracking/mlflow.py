@@ -226,7 +226,7 @@ def _outcome(run: Run, step: Step, at: int) -> list[Metric]:
     values = {key: scores[key] for key in ("AP", "FT", "BWT")}
     values |= {f"score.{task}": score for task, score in scores["scores"].items()}
     values |= {f"seconds.{phase}": seconds for phase, seconds in scores["seconds"].items()}
-    values |= {key: scores[key] for key in ("trainable_parameters", "truncated")}
+    values |= {key: scores[key] for key in ("trainable_parameters", "truncated", "num_processes")}
     for task, row in step.coefficients.items():
         values |= {f"task.{task}.coefficient.{b}": a for b, a in zip(run.tasks, row["mean"], strict=False)}
     values |= {f"subspace.gate.{layer}": k for layer, k in subspace["gate"].items()}
