@@ -30,6 +30,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. `auto`: bfloat16 where the device computes in it, float32 elsewhere.
     Branches, gates, bases and covariances are float32 in every case."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: one process spreads the base over its GPUs, some layers on each; null: all of it on the first."""
 
     @property
     def location(self) -> str:
@@ -250,7 +252,12 @@ class Config:
         return self.method.startswith("gainlora-")
 
     def check_processes(self, count: int) -> None:
-        """Refuse more processes than a step has examples."""
+        """Refuse more processes than a step has examples, and several that each would take all GPUs."""
+        if count > 1 and self.model.device_map:
+            raise GainLoRAError(
+                f"launch.num_processes: {count} processes cannot each use all GPUs; set model.device_map to null, and "
+                "launch.config to configs/fsdp.yaml where the base does not fit into one."
+            )
         if count > self.train.batch_size:
             raise GainLoRAError(
                 f"launch.num_processes: {count} cannot share the {self.train.batch_size} examples of train.batch_size; "

@@ -124,7 +124,7 @@ def restore_branch(folder: Path, model: GainLoRAModel, rule: BranchRule) -> None
     model.start_branch({n: (branches[f"{n}.A"], branches[f"{n}.B"]) for n in model.layers}, rule.train_A, gate)
     for name, kept in _under(tensors, "kept.").items():
         layer, _, key_name = name.rpartition(":")
-        model.layers[layer].memory[key_name] = kept.clone().to(model.device)
+        model.layers[layer].memory[key_name] = kept.clone().to(model.layers[layer].A.device)
 
 
 def restore_training(folder: Path, optimizer: Any, scheduler: Any) -> Records:

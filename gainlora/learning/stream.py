@@ -9,7 +9,6 @@
 A task folder appears by one atomic rename: it is there whole, or not at all. Every step is idempotent, so a
 stopped run continues by starting it again; finished tasks are never retrained. The digest covers the
 configuration, the data and the code that learns, so a folder never mixes two of them.
-
 Several processes (gainlora/learning/worker.py) take the steps together; the first one holds the folder and writes.
 """
 
@@ -271,9 +270,10 @@ class Stream:
             return self._loaded
         config = self.config
         self._loaded = None  # never two bases in memory
-        base, tokenizer = load_base(resolve_model(config.model.location, self.root), self.dtype)
+        location = resolve_model(config.model.location, self.root)
+        base, tokenizer = load_base(location, self.dtype, config.model.device_map)
         check_positions(base, config.data.max_prompt_tokens, config.data.max_target_tokens)
-        place(base)
+        place(base, config.model.device_map)
         if k == 0:
             adapter = GainLoRAConfig(
                 base_model=config.model.location,

@@ -49,15 +49,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
     """The base model (eval mode, frozen) and its tokenizer.
 
     Args:
         source: local folder or hub id.
+        device_map: `auto` spreads its layers over the GPUs; None leaves it on the CPU, see `place`.
 
     Raises:
-        GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, or has fewer
-            positions than the data need.
+        GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, or does not fit
+            into the GPUs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
@@ -71,13 +72,17 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         part = "model"
-        model, loaded = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, loaded = kind.from_pretrained(source, dtype=dtype, device_map=device_map, output_loading_info=True)
     except Exception as error:  # of any kind: transformers does not check the types in a folder's JSON files
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(
             f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason}); give a hub id "
             "that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
         ) from None
+    if any(p.is_meta for p in model.parameters()):  # accelerate would bring them from host memory for each forward
+        raise GainLoRAError(
+            f"model.device_map: {device_map}: {source!r} does not fit into the GPUs; use more or larger ones."
+        )
     if loaded["missing_keys"]:  # transformers would go on with random ones
         raise GainLoRAError(
             f"model.name: {source!r}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint."
@@ -105,13 +110,15 @@ def load_base(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
-def place(model: Any) -> None:
-    """Put the base on this process's device; with FSDP, this process's shard of it.
+def place(model: Any, device_map: str | None = None) -> None:
+    """Put the base on this process's device, or with FSDP this process's shard of it; a device map has done that.
 
     Nothing of the base trains, so only its weights are shared out: each block of layers is one unit, gathered when it
     is used. Embeddings, last norm and output layer stay whole, as pooling and `generate` use them on their own. What
     is added to the base later, branches and gates, is not sharded.
     """
+    if device_map is not None:
+        return
     device = pick_device()
     if distributed.sharded():
         if not model._no_split_modules:

@@ -75,8 +75,8 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     for name, layer in model.layers.items():
         A = branches.take(f"{name}.lora_A", stacked, config.rank, layer.base.in_features)
         B = branches.take(f"{name}.lora_B", stacked, layer.base.out_features, config.rank)
-        layer.A = A.flatten(0, 1).to(model.device)  # (T*r, d_in)
-        layer.B = B.transpose(0, 1).flatten(1).to(model.device)  # (d_out, T*r)
+        layer.A = A.flatten(0, 1).to(layer.A.device)  # (T*r, d_in)
+        layer.B = B.transpose(0, 1).flatten(1).to(layer.B.device)  # (d_out, T*r)
     branches.finish()
     shape = widths(model.width, config.gate_hidden, config.gate_depth)
     if config.gated and config.tasks:
@@ -91,7 +91,7 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     model.gate_memory = [bases.take(f"gate.{i}", d, None).to(model.device) for i, d in enumerate(shape, start=1)]
     model.layer_memory = {
         group: tuple(
-            bases.take(f"layer.{group}.{block}", len(empty), None).to(model.device) for block, empty in enumerate(basis)
+            bases.take(f"layer.{group}.{block}", len(empty), None).to(empty.device) for block, empty in enumerate(basis)
         )
         for group, basis in model.layer_memory.items()
     }
@@ -101,7 +101,7 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
         for key in list(kept.left):
             name, _, what = key.rpartition(":")
             if name in model.layers:
-                model.layers[name].memory[what] = kept.left.pop(key).to(model.device)
+                model.layers[name].memory[what] = kept.left.pop(key).to(model.layers[name].A.device)
         kept.finish()
     return model
 

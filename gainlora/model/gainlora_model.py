@@ -108,7 +108,9 @@ class GainLoRAModel(nn.Module):
         # M_1..M_{L+1}: what each gate layer saw on learned tasks; M_{L+1} is the key's
         self.gate_memory: list[Tensor] = [torch.zeros(d, 0, device=self.device) for d in shape]
         self.layer_memory: dict[str, Basis] = {
-            group: empty_basis(self.layers[group].base.in_features, config.covariance_blocks, self.device)
+            group: empty_basis(
+                self.layers[group].base.in_features, config.covariance_blocks, self.layers[group].A.device
+            )
             for group in self.groups
         }
 
@@ -119,7 +121,9 @@ class GainLoRAModel(nn.Module):
         if self.gates is not None:
             self.gates = self.gates.to(self.device)
         self.gate_memory = [m.to(self.device) for m in self.gate_memory]
-        self.layer_memory = {g: tuple(u.to(self.device) for u in basis) for g, basis in self.layer_memory.items()}
+        self.layer_memory = {
+            g: tuple(u.to(self.layers[g].A.device) for u in basis) for g, basis in self.layer_memory.items()
+        }
         return self
 
     @property

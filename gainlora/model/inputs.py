@@ -28,12 +28,14 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         group -> (b, d/b, d/b) blocks of C, float32.
     """
     blocks = model.config.covariance_blocks
-    found = {group: Covariance(model.layers[group].base.in_features, blocks, model.device) for group in model.groups}
+    layers = {group: model.layers[group] for group in model.groups}
+    found = {group: Covariance(layer.base.in_features, blocks, layer.A.device) for group, layer in layers.items()}
     masks: dict[str, Tensor] = {}
 
     def observe(group: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[group].update(args[0][masks[model.inputs[group].side]])  # (tokens, d)
+            x = args[0]
+            found[group].update(x[masks[model.inputs[group].side].to(x.device)])  # (tokens, d)
 
         return hook
 

@@ -152,6 +152,7 @@ class GatedLoRALinear(nn.Module):
         else:
             A, new_A, B, new_B = self.A, self.new_A, self.B, self.new_B
         c = self.integration.columns(len(x), self.rank, self.scaling)
+        c = c if c is None else c.to(x.device)
         branches: Tensor = Branches.apply(x, A, B, new_A, new_B, c, self.scaling)
         return e + branches
 
