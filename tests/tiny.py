@@ -43,7 +43,7 @@ def tiny_llama(folder: Path | None = None, **overrides: Any) -> Any:
     return _saved(LlamaForCausalLM(config), tokenizer, folder)
 
 
-def tiny_t5(folder: Path | None = None) -> Any:
+def tiny_t5(folder: Path | None = None, **overrides: Any) -> Any:
     """A 2+2-layer T5 with d = 32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -51,7 +51,7 @@ def tiny_t5(folder: Path | None = None) -> Any:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **overrides,
     )  # fmt: skip
     return _saved(T5ForConditionalGeneration(config), tokenizer, folder)
 

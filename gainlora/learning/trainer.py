@@ -76,7 +76,7 @@ def train_task(
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=len(batches))
     if settings.gradient_checkpointing:
         # the reentrant kind loses the coefficients' gradient
-        model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     weight = config.rule.penalty_weight if settings.penalty_weight is None else settings.penalty_weight
     gate = [] if model.gate is None else list(model.gate.state_dict().values())
     # equal already, but for what another kind of machine rounds otherwise
@@ -132,7 +132,7 @@ def train_task(
     model.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:
-        model.base.gradient_checkpointing_disable()
+        model.base.activation_checkpointing_disable()
     return records
 
 

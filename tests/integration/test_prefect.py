@@ -107,6 +107,30 @@ def test_an_interrupted_run_is_marked_and_goes_on(served):
     assert served.mlflow_runs()[folder.name] == ["FINISHED"]
 
 
+def test_several_processes_end_with_the_flow_and_go_on_with_it(served):
+    options = {"launch.num_processes": 2, "train.epochs": 40, "train.checkpoint_every": 20}
+    parameters = {"seed": 11, "method": "multitask", "overrides": options}
+    process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", **parameters}))
+    while not (found := list((served.folder / "runs").glob("tiny-multitask-*-11-*/.task_01_*/checkpoint_*"))):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert sum("gainlora.learning.worker" in child.cmdline() for child in children) == 3  # the launcher's line, too
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode == 130, output
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert not left
+
+    output = served.flow(**parameters)
+    assert [line.split(" |")[0] for line in output.splitlines() if line.startswith("task ")] == ["task 1/1 all_tasks"]
+    folder = found[0].parents[1]
+    scores = json.loads((folder / "task_01_all_tasks" / "scores.json").read_text())
+    assert scores["num_processes"] == 2 and served.mlflow_runs()[folder.name] == ["FINISHED"]
+    refused = served.flow(seed=12, overrides={"launch.num_processes": 9}, code=1)
+    assert refused.strip().startswith("error: launch.num_processes: 9 cannot share the 8 examples of train.batch_size")
+
+
 def test_mlflow_may_go_away_and_come_back(served, tmp_path):
     """Learning goes on without the MLflow server; the same command delivers what it missed, once."""
     port = free_port()

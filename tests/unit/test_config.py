@@ -49,6 +49,8 @@ def test_overrides_win():
     changed = load_config("order1", PARAMS, {"train.learning_rate": 5e-4, "method": "seqlora"})
     assert (changed.train.learning_rate, changed.method, changed.gated) == (5e-4, "seqlora", False)
     assert load_config("order1", PARAMS).train.learning_rate == 3e-4
+    # what is learned does not depend on the number of processes
+    assert load_config("order1", PARAMS, {"launch.num_processes": 2}) == load_config("order1", PARAMS)
 
 
 # model, order: rank, epochs, learning rate, batch, alpha, gate width, prompt tokens, dtype, blocks
@@ -133,6 +135,12 @@ def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
         ({"model.name": ["a"]}, "model.name: got ['a'], expected text"),
         ({"train": {"epochs": 2}}, "'train' is a section; set its options one by one"),
         ({"tracking.uri": "x"}, "tracking.uri: is set in"),
+        ({"launch.processes": 2}, "launch.processes: unknown option"),
+        ({"launch.num_processes": 0}, "launch.num_processes: 0 is too small"),
+        ({"launch.num_processes": 5}, "launch.num_processes: 5 cannot share the 4 examples of train.batch_size"),
+        ({"launch.num_processes": 2, "model.device_map": "auto"}, "2 processes cannot each use all GPUs"),
+        ({"launch.config": "fsdp.yaml"}, "launch.config: fsdp.yaml is for several processes"),
+        ({"launch.config": "none.yaml", "launch.num_processes": 2}, "launch.config: none.yaml: no such file"),
         ({"order.name": "../x"}, "'../x' is no name of an order or task"),
         ({"order.data": ""}, "order.data: empty"),
         ({"train.weight_decay": float("inf")}, "train.weight_decay: inf must be finite"),

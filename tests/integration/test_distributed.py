@@ -1,0 +1,145 @@
+"""Two processes on the CPU (gloo, float32) learn what one learns; what goes wrong in one ends both, and they go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.launch import HERE, launch
+from gainlora.errors import GainLoRAError
+from gainlora.learning.run_folder import hold, make_run
+from gainlora.params import load_config
+from tests.tiny import tiny_llama, tiny_params, tiny_t5
+from tests.unit.test_stream import learn
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+FSDP = ["--config_file", str(ROOT / "configs" / "fsdp.yaml")]
+SIZES = {"lora__rank": 4, "lora__alpha": 16, "evaluate__batch_size": 3, "data__train_limit": 23}
+OPTIONS = {"train__epochs": 4, "train__batch_size": 6, **SIZES}
+"""23 examples: 4 batches of which the last has 5, for two; 8 test examples in 3 batches."""
+STATE = ("adapter_model", "gate", "subspace")
+
+
+def project(root: Path, kind: str, dropout: float = 0.0, **options) -> Path:
+    if kind == "t5":
+        tiny_t5(root / "base", dropout_rate=dropout)
+    else:
+        tiny_llama(root / "base")
+    tiny_params(root, root / "base", count=2, **{**OPTIONS, **options})
+    return root
+
+
+def new_run(root: Path, **overrides) -> Path:
+    return make_run(load_config("tiny", root / "params.yaml", overrides), root)
+
+
+def run(*command: str) -> None:
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Kind of model -> the run that one process learned; with an input memory, or a penalty."""
+    learned = {}
+    for kind, method, rate in (("llama", "gainlora-inflora", 0.02), ("t5", "gainlora-olora", 0.005)):
+        root = project(tmp_path_factory.mktemp(kind), kind, method=method, train__learning_rate=rate)
+        learned[kind] = learn(root)
+        learned[kind].result()
+    return learned
+
+
+@pytest.mark.parametrize("how", [HERE, FSDP], ids=["whole", "sharded"])
+def test_two_processes_learn_what_one_learns(alone, tmp_path, how):
+    folders = []
+    for kind, stream in alone.items():
+        shutil.copytree(stream.root, tmp_path / kind, ignore=shutil.ignore_patterns("runs"))
+        folders.append(new_run(tmp_path / kind))
+    run(*LAUNCH, *how, "-m", "tests.launched", *map(str, folders))
+    for folder, expected in zip(folders, alone.values(), strict=True):
+        seen = json.loads((folder / "seen.json").read_text())
+        assert seen["equal"] and seen["apart"] < 1e-5
+        assert seen["held"] == 1 if how is HERE else seen["held"] < 0.8  # embeddings, half of the rest
+        R, there = (json.loads((f / "result.json").read_text())["R"] for f in (folder, expected.folder))
+        assert there == R and any(score for row in there for score in row if score)
+        for t in (1, 2):
+            one, two = expected.task_folder(t), folder / expected.task_folder(t).name
+            steps = list(zip(records(one), records(two), strict=True))
+            assert len(steps) == 16
+            for expected_step, step in steps:
+                assert step["loss"] == pytest.approx(expected_step["loss"], abs=1e-4)
+                assert step.get("penalty") == pytest.approx(expected_step.get("penalty"), abs=1e-4)
+            assert {path.name for path in one.rglob("*")} == {path.name for path in two.rglob("*")}
+            assert json.loads((two / "scores.json").read_text())["num_processes"] == 2
+            for name in one.glob("predictions/*"):
+                answers = [
+                    [json.loads(x) for x in f.read_text().splitlines()] for f in (name, two / "predictions" / name.name)
+                ]
+                assert [a["prediction"] for a in answers[0]] == [a["prediction"] for a in answers[1]]
+        assert not [path for path in folder.rglob("*") if "part" in path.name or "checkpoint" in path.name]
+
+
+def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
+    """SIGKILL for the launcher alone. T5's dropout draws other random numbers in each process."""
+    roots = [project(tmp_path / name, "t5", dropout=0.1, train__checkpoint_every=2) for name in ("whole", "killed")]
+    shutil.rmtree(roots[1] / "base")
+    shutil.copy(roots[0] / "params.yaml", roots[1])
+    whole, killed = (new_run(root) for root in roots)
+    command = [*LAUNCH, *HERE, "-m", "gainlora.learning.worker"]
+    run(*command, str(whole))
+    assert (whole / "result.json").exists()
+
+    process = subprocess.Popen([*command, str(killed)], cwd=ROOT)
+    while not list(killed.glob(".task_02_*/checkpoint_*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert not left and not (killed / "result.json").exists()
+    run(*command, str(killed))
+    for t in (1, 2):
+        one, two = (folder / f"task_{t:02d}_task{t}" for folder in (whole, killed))
+        assert all(
+            (one / f"{name}.safetensors").read_bytes() == (two / f"{name}.safetensors").read_bytes() for name in STATE
+        )
+        assert [r["loss"] for r in records(one)] == [r["loss"] for r in records(two)]
+
+
+def test_what_fails_in_one_process_is_the_one_error(tmp_path, capfd):
+    folder = new_run(project(tmp_path, "llama"))
+    with hold(folder), pytest.raises(GainLoRAError, match="this run is in progress already"):
+        launch(str(folder), 1, 2, None)  # the first process alone asks for it; the second waits for the first
+    assert "error" not in "".join(capfd.readouterr()).lower()
+
+
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    folder = new_run(project(tmp_path, "llama", train__epochs=500))
+    code = "import sys; from flows.launch import launch; launch(sys.argv[1], 1, 2, None)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, folder], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not list(folder.glob(".task_01_*/checkpoint_*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    os.kill(int((folder / ".lock").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert "one of 2 processes ended without a message" in output.splitlines()[-1]
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert not left
