@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     run.add_argument("order", help="an order of params.yaml (embedded, order1, ...), or a YAML file with one")
     run.add_argument("--method", help="a branch rule, or gainlora- and a branch rule")
     _add_run_options(run)
+    run.add_argument("--folder-only", action="store_true", help="make the run folder and print it (docs/cluster.md)")
     run.set_defaults(command=_run)
 
     compare = commands.add_parser("compare", help="run several methods with the same budget and print them together")
@@ -82,7 +83,13 @@ def _run(options: argparse.Namespace) -> int:
     from gainlora.params import load_config
 
     overrides = _overrides(options, options.method)
-    check_run(load_config(options.order, overrides=overrides))
+    config = load_config(options.order, overrides=overrides)
+    check_run(config)
+    if options.folder_only:
+        from gainlora.learning.run_folder import make_run
+
+        print(make_run(config))
+        return 0
     from flows.supervise import run_flow
 
     return run_flow({"order": options.order, "overrides": overrides})

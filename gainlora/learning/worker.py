@@ -8,6 +8,7 @@ where launch.num_processes is more than 1 (flows/launch.py). By hand it runs on 
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -24,18 +25,24 @@ from gainlora.model.base import pick_device
 
 def main(arguments: list[str]) -> int:
     """Learn as one of the processes; the exit code. Of several that fail, the first prints `error: ` and the reason."""
-    threading.Thread(target=_end_with_launcher, args=[os.getppid()], daemon=True).start()
+    parser = argparse.ArgumentParser("accelerate launch ... -m gainlora.learning.worker")
+    parser.add_argument("run", type=Path, help="a folder under runs/")
+    parser.add_argument("task", type=int, nargs="?", help="the only task to learn, from 1; none: all, and the result")
+    options = parser.parse_args(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate launch is the parent
+        threading.Thread(target=_end_with_launcher, args=[os.getppid()], daemon=True).start()
     try:
         distributed.join(pick_device())
-        stream = Stream.open(Path(arguments[0]))
+        stream = Stream.open(options.run)
         stream.config.check_processes(distributed.count())
-        tasks = [int(arguments[1])] if len(arguments) > 1 else range(1, len(stream.steps) + 1)
-        for t in tasks:
-            stream.finish(t)
-            if len(arguments) == 1 and distributed.index() == 0:
+        if options.task is not None:
+            _learn(stream, options.task)
+            return 0
+        for t in range(1, len(stream.steps) + 1):
+            _learn(stream, t)
+            if distributed.index() == 0:
                 print(f"task {t}/{len(stream.steps)} {stream.steps[t - 1]}", flush=True)
-        if len(arguments) == 1:
-            stream.result()
+        stream.result()
     except GainLoRAError as error:
         return _failed(f"error: {error}")
     except distributed.Lost:
@@ -43,6 +50,15 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         return _failed(f"{traceback.format_exc()}error: {type(error).__name__}: {error}")
     return 0
+
+
+def _learn(stream: Stream, t: int) -> None:
+    possible = min(stream.finished + 1, len(stream.steps))
+    if not 1 <= t <= possible:
+        raise GainLoRAError(
+            f"task {t}: this run has learned {stream.finished} of {len(stream.steps)}; give 1 to {possible}."
+        )
+    stream.finish(t)
 
 
 def _failed(message: str) -> int:

@@ -108,7 +108,7 @@ def test_an_interrupted_run_is_marked_and_goes_on(served):
 
 
 def test_several_processes_end_with_the_flow_and_go_on_with_it(served):
-    options = {"launch.num_processes": 2, "train.epochs": 40, "train.checkpoint_every": 20}
+    options = {"launch.num_processes": 2, "train.epochs": 20, "train.checkpoint_every": 10}
     parameters = {"seed": 11, "method": "multitask", "overrides": options}
     process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", **parameters}))
     while not (found := list((served.folder / "runs").glob("tiny-multitask-*-11-*/.task_01_*/checkpoint_*"))):

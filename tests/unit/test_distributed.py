@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
 
 from gainlora import distributed
+from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
 from gainlora.learning import stream as stream_module
 from tests.tiny import tiny_llama, tiny_params, tiny_t5
@@ -99,3 +101,11 @@ def test_a_base_that_accelerate_dispatched_learns_the_same(root, tmp_path_factor
     assert any(hasattr(module, "_hf_hook") for module in dispatched[0].modules())
     for name in ("adapter_model", "gate", "subspace"):
         assert (learned / f"{name}.safetensors").read_bytes() == (expected / f"{name}.safetensors").read_bytes()
+
+
+def test_a_run_folder_for_processes_started_by_hand(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    assert main(["run", "tiny", "--folder-only", "--set", "launch.num_processes=2"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder.parent == root / "runs" and (folder / "config.json").exists()
+    assert learn(root).folder == folder  # whatever the number of processes
