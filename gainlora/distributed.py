@@ -51,6 +51,12 @@ def join(device: torch.device) -> None:
     PartialState(cpu=device.type == "cpu")
 
 
+def leave() -> None:
+    """Say that this process is done, as NCCL wants it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def count() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -75,4 +75,6 @@ def _end_with_launcher(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    distributed.leave()
+    sys.exit(code)
