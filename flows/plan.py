@@ -115,12 +115,13 @@ def experiments(
         found = [e for e in found if all(not values or getattr(e, key) in values for _, key, values in wanted)]
     else:
         params = read_params()
-        chosen = [*(methods or [params.get("method")])], [*(seeds or [params.get("seed")])]
+        all_methods: Sequence[Any] = methods or [params.get("method")]  # None: its configuration says what is missing
+        all_seeds: Sequence[Any] = seeds or [params.get("seed")]
         found = [
             Experiment(order, method, seed, options=dict(overrides or {}))
             for order in orders or ()
-            for method in chosen[0]
-            for seed in chosen[1]
+            for method in all_methods
+            for seed in all_seeds
         ]
     if not found:
         raise GainLoRAError("orders: nothing to run; name orders of params.yaml, or a plan.")
@@ -154,8 +155,8 @@ def read_plan(path: Path) -> list[Experiment]:
                 raise GainLoRAError(f"{where}: {key}: missing; give {ENTRY[key][1]}.")
         for key, value in entry.items():
             kind, expected = ENTRY[key]
-            members = {"methods": str, "seeds": int}.get(key)
-            if type(value) is not kind or (members and not all(type(member) is members for member in value)):
+            member = {"methods": str, "seeds": int}.get(key)
+            if type(value) is not kind or (member and not all(type(one) is member for one in entry[key])):
                 raise GainLoRAError(f"{where}: {key}: got {shown(value)}, expected {expected}.")
         label, options = entry.get("label", ""), entry.get("options", {})
         found += [
