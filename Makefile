@@ -12,7 +12,7 @@ export PREFECT_PORT ?= 4200
 export DO_NOT_TRACK := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help env run compare report ui serve stop test lint clean
+.PHONY: help env run compare report ui serve stop docs test lint clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,9 @@ serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...), deployments, 
 stop: env ## end what `make serve` started
 	@python -m flows.server stop
 
+docs: env ## the docs site: site/index.html
+	@mkdocs build --quiet --strict && echo "Open site/index.html"
+
 test: env ## all tests
 	@python -m pytest
 
@@ -55,4 +58,4 @@ lint: env ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy
 
 clean: ## remove the environment and caches; data, models, runs and mlruns stay
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .cache .pytest_cache .mypy_cache .ruff_cache
