@@ -49,7 +49,7 @@ stop: env ## end what `make serve` started
 	@python -m flows.server stop
 
 docs: env ## the docs site: site/index.html
-	@mkdocs build --quiet --strict && echo "Open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict && echo "Open site/index.html"
 
 test: env ## all tests
 	@python -m pytest

@@ -12,6 +12,7 @@ import threading
 import traceback
 
 from flows.show import show
+from gainlora.errors import told
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
     if isinstance(error, BaseException) and error.__traceback__ and state.data is not None:
         traceback.print_exception(error)
     else:
-        print(f"error: {state.message}", file=sys.stderr)
+        print(told(str(state.message)), file=sys.stderr)
     return 1
 
 

@@ -10,19 +10,24 @@ import errno
 import sys
 from collections.abc import Sequence
 
+import argcomplete
+
 from gainlora.cli import handover, reports, runs, sweep
-from gainlora.errors import GainLoRAError
+from gainlora.cli.parser import Commands
+from gainlora.errors import GainLoRAError, told
 
 NO_ROOM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130/143 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    argcomplete.autocomplete(parser)  # does something only when the Tab key asks
+    options = parser.parse_args(arguments)
     try:
         return int(options.command(options))
     except GainLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(str(error)), file=sys.stderr)
         return 1
     except OSError as error:  # full disk, read-only folder, a file where a folder should be
         remedy = "make it writable or free space" if error.errno in NO_ROOM else "name another place"
@@ -35,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gainlora",
+        usage="gainlora COMMAND ...",
         description="Continual learning of language models with gated low-rank adaptation (GainLoRA).",
-        epilog="Options of a run are in params.yaml; --set lays a value over one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (runs, sweep, reports, handover):
-        group.add(commands)
+    commands = Commands(parser)
+    commands.add_group("learn", runs.add, sweep.add)
+    commands.add_group("look", reports.add)
+    commands.add_group("use and hand over", handover.add)
     return parser
 
 

@@ -1,7 +1,20 @@
 """Errors that a user can cause and mend."""
 
+import re
 from pathlib import Path
 
+HELP = "docs/troubleshooting.md"
+SECTIONS = {
+    "set-up": r".*(package index|fetch again|`gainlora fetch embedded`|run from the project's folder)",
+    "data": r"orders\.|.*(train|test)\.json|.*changed since this run began",
+    "model": r"model\.|lora\.targets|.*positions of this",
+    "learning": r"task .*, step|gate memory|lora\.rank|.*covariance",
+    "stopped-damaged": r".*(gainlora repair|in progress already|the same command again)",
+    "mlflow": r"tracking\.|.*MLflow",
+    "prefect": r".*P(REFECT|refect)",
+    "options": r"params\.yaml|method|[a-z]+\.[a-z_]+:",
+}
+"""Sections of HELP, and how the messages begin that they explain; the first that fits counts."""
 LONGEST = 2000
 """Characters of a message; a longer one loses its middle, as the remedy is at its end."""
 
@@ -21,3 +34,9 @@ def not_written(path: Path, error: Exception) -> GainLoRAError:
         f"{path}: not written: {reason}; free space or make it writable, and give the same command again: it goes on "
         "from what is learned."
     )
+
+
+def told(message: str) -> str:
+    """How a message is printed: with the place of the documentation that says more, where there is one."""
+    section = next((name for name, begins in SECTIONS.items() if re.match(begins, message)), None)
+    return f"error: {message}" + (f"\nsee {HELP}#{section}" if section else "")

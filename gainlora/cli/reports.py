@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from gainlora.cli.parser import Commands
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Their parsers."""
     report = commands.add_parser("report", help="tables and figures of runs: index.html, report.md, figures/")
     report.add_argument("runs", nargs="*", type=Path, help="run folders and result files; none: all runs in MLflow")

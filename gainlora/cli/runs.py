@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gainlora.cli.parser import Commands
 from gainlora.errors import GainLoRAError
 from gainlora.reading import parse_yaml
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from gainlora.config import Config
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Their parsers."""
     fetch = commands.add_parser("fetch", help="get data and base model")
     fetch.add_argument("what", choices=["embedded", "cl-benchmark"])

@@ -43,13 +43,15 @@ def entries(folder: Path) -> dict[str, int]:
 
 
 def refused(project: Path, capsys, *arguments: str) -> str:
-    """What one command says, refused: code 1, one line, and no file made or changed."""
+    """What one command says, refused: code 1, one line and perhaps a page, and no file made or changed."""
     before = entries(project)
     assert main(list(arguments)) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= LONGEST + 20
+    said, *more = err.splitlines()
+    assert out == "" and said.startswith("error: ") and len(said) <= LONGEST + 20
+    assert all(line.startswith("see docs/troubleshooting.md#") for line in more) and len(more) <= 1
     assert entries(project) == before
-    return err
+    return said
 
 
 def one(text: str = '"a"', answer: str = '"b"', more: str = "") -> bytes:

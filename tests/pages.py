@@ -1,0 +1,36 @@
+"""The documentation's pages and the blocks of code on them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+FENCE = re.compile(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ```language title="file"."""
+
+    page: str
+    line: int
+    language: str
+    title: str | None
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    name = str(page.relative_to(ROOT))
+    found = [Block(name, text.count("\n", 0, m.start()) + 1, m[1], m[2], m[3]) for m in FENCE.finditer(text)]
+    assert 2 * len(found) == len(re.findall("^ *```", text, re.MULTILINE)), f"{name}: a fence that is not read"
+    return found
+
+
+def commands(block: Block) -> list[str]:
+    """A sh block's commands without their comments, continued lines joined."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
