@@ -21,9 +21,9 @@ NO_ROOM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 refused or failed, 2 wrong usage, 130/143 interrupted."""
-    parser = _parser()
-    argcomplete.autocomplete(parser)  # does something only when the Tab key asks
-    options = parser.parse_args(arguments)
+    commands = parser()
+    argcomplete.autocomplete(commands)  # does something only when the Tab key asks
+    options = commands.parse_args(arguments)
     try:
         return int(options.command(options))
     except GainLoRAError as error:
@@ -37,18 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line's."""
+    top = argparse.ArgumentParser(
         prog="gainlora",
         usage="gainlora COMMAND ...",
         description="Continual learning of language models with gated low-rank adaptation (GainLoRA).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = Commands(parser)
+    commands = Commands(top)
     commands.add_group("learn", runs.add, sweep.add)
     commands.add_group("look", reports.add)
     commands.add_group("use and hand over", handover.add)
-    return parser
+    return top
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ WORDS = [f"w{i}" for i in range(60)]
 LABELS = ["red", "green", "blue", "up", "down", "left", "right", "on", "off"]
 
 
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     names = ["<pad>", "</s>", "<unk>", "Sort", "task", "Output", ":", *"0123456789", *WORDS, *LABELS]
+    names += [word for word in words if word not in names]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -31,11 +33,11 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_llama(folder: Path | None = None, **overrides: Any) -> Any:
-    """A 2-layer Llama with d = 32 and grouped-query attention (v is narrower than q)."""
+def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), **overrides: Any) -> Any:
+    """A 2-layer Llama with d = 32 and grouped-query attention (v is narrower than q). `words` are tokens, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(words)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2) | overrides
     torch.manual_seed(0)

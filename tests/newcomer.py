@@ -1,0 +1,131 @@
+"""A copy of the project as a newcomer finds it after `gainlora fetch embedded`, with a tiny model and tiny tasks in
+place of the real ones, so that the documentation's commands run in it to the letter within seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from tests.pages import PAGES, ROOT
+from tests.tiny import tiny_llama, tiny_tasks
+
+TINY = {
+    "data": {"max_prompt_tokens": 48, "max_target_tokens": 4, "train_limit": 8, "test_limit": 4},
+    "lora": {"rank": 2},
+    "gate": {"hidden": 6},
+    "subspace": {"threshold": 0.8, "gate_threshold": 0.8, "max_examples": 8},
+    "report": {"dpi": 40},
+}
+"""Laid over the copy's params.yaml."""
+BIN = Path(sys.executable).parent
+
+
+def make_project(folder: Path) -> Path:
+    """The tracked files, a tiny models/smollm2-135m and data/embedded, and .venv, which is this environment."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for section, options in TINY.items():
+        params[section] |= options
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    tiny_model(folder / "models" / "smollm2-135m")
+    names = params["orders"]["embedded"]["tasks"]
+    for made, name in zip(tiny_tasks(folder / "data" / "embedded", len(names)), names, strict=True):
+        (folder / "data" / "embedded" / made).rename(folder / "data" / "embedded" / name)
+
+    (folder / ".venv").mkdir()
+    for part in ("bin", "lib", "pyvenv.cfg"):
+        (folder / ".venv" / part).symlink_to(Path(sys.prefix, part))
+    (folder / ".venv" / ".ready").touch()
+    shell = Shell(folder)
+    try:
+        shell("dvc commit -q -f fetch")  # what is there is what the stage makes
+    finally:
+        shell.close()
+    return folder
+
+
+def tiny_model(folder: Path) -> None:
+    """A random Llama that knows the pages' words: texts that differ in words alone are different to its gates."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    tiny_llama(folder, words=sorted(set(re.findall(r"\w+|[^\w\s]+", text))))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Shell:
+    """One bash in the project's folder, as a reader has it open: variables and the environment stay.
+
+    Args:
+        ports: free ports by the ones that the pages name.
+    """
+
+    def __init__(self, folder: Path, ports: dict[str, int] | None = None) -> None:
+        self.folder, self.ports = folder, ports or {}
+        ours = ("PREFECT_", "MLFLOW_", "DVC_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+            "UI_PORT": str(self.ports.get("5000", 5000)),
+            "PREFECT_PORT": str(self.ports.get("4200", 4200)),
+        }
+        self.bash = subprocess.Popen(
+            ["bash"], cwd=folder, env=self.environment, text=True, bufsize=1, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def __call__(self, command: str) -> str:
+        """Run a command; what it prints. It must end with code 0."""
+        code, output = self.run(command)
+        assert code == 0, f"$ {command}\n{output}"
+        return output
+
+    def run(self, command: str) -> tuple[int, str]:
+        assert self.bash.stdin and self.bash.stdout
+        self.bash.stdin.write(f"{{ {self.here(command)}\n}} < /dev/null\nprintf '\\n__ended__ %s\\n' $?\n")
+        lines: list[str] = []
+        for line in self.bash.stdout:
+            if line.startswith("__ended__ "):
+                return int(line.split()[1]), "".join(lines)
+            lines.append(line)
+        raise AssertionError(f"bash ended in: {command}\n{''.join(lines)}")
+
+    def serve(self, command: str, url: str) -> None:
+        """A command that serves until Ctrl-C, as in another terminal; returns when the address answers."""
+        log = self.folder / "served.log"
+        self(f"( {command} ) > {log} 2>&1 &")
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            try:
+                urllib.request.urlopen(self.here(url), timeout=5)
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise AssertionError(f"{command}: nothing answers at {self.here(url)}\n{log.read_text()}")
+
+    def here(self, text: str) -> str:
+        """The text with the pages' ports replaced."""
+        return re.sub(r"(?<!\d)\d{4}(?!\d)", lambda m: str(self.ports.get(m[0], m[0])), text)
+
+    def close(self) -> None:
+        """End the shell and all that it started in the background."""
+        os.killpg(self.bash.pid, signal.SIGKILL)
+        self.bash.wait()
