@@ -5,3 +5,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def newcomer(tmp_path_factory):
+    """A copy of the project as tests/newcomer.py serves it: its folder and ports."""
+    from tests.newcomer import served
+
+    with served(tmp_path_factory.mktemp("newcomer") / "gainlora") as project:
+        yield project

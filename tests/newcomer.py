@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -24,9 +26,12 @@ TINY = {
     "lora": {"rank": 2},
     "gate": {"hidden": 6},
     "subspace": {"threshold": 0.8, "gate_threshold": 0.8, "max_examples": 8},
+    "train": {"learning_rate": 0.02, "epochs": 5},
     "report": {"dpi": 40},
 }
 """Laid over the copy's params.yaml."""
+FIRST = ("make serve", "make run")
+PORTS = ("4200", "5000", "5001")
 BIN = Path(sys.executable).parent
 
 
@@ -63,6 +68,25 @@ def tiny_model(folder: Path) -> None:
     """A random Llama that knows the pages' words: texts that differ in words alone are different to its gates."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     tiny_llama(folder, words=sorted(set(re.findall(r"\w+|[^\w\s]+", text))))
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """A project with its Prefect server, which saves each run a temporary one, after the first run.
+
+    Yields:
+        The folder, and this machine's free ports by the ones that the pages name.
+    """
+    make_project(folder)
+    ports = {port: free_port() for port in PORTS}
+    shell = Shell(folder, ports)
+    try:
+        for command in FIRST:
+            shell(command)
+        yield folder, ports
+    finally:
+        shell("make stop")
+        shell.close()
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ import shlex
 import pytest
 
 from gainlora.__main__ import parser
-from tests.newcomer import Shell, free_port, make_project
+from tests.newcomer import FIRST, Shell
 from tests.pages import PAGES, ROOT, blocks, commands
 
 NOT_RUN = {
@@ -21,8 +21,6 @@ NOT_RUN = {
 }
 SERVERS = {r"make ui": "http://127.0.0.1:5000/health"}
 """Commands that serve until Ctrl-C, and the address that answers when they are ready."""
-FOUR = ("5000", "4200")
-"""Ports that the pages name."""
 ORDER = sorted(PAGES, key=lambda page: page.name == "README.md")  # last: its `make stop` ends the server
 
 
@@ -57,30 +55,15 @@ def test_the_command_line_understands(command):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """The copy, its Prefect server, which saves each run a temporary one, and the first run."""
-    folder = make_project(tmp_path_factory.mktemp("newcomer") / "gainlora")
-    ports = {port: free_port() for port in FOUR}
-    shell = Shell(folder, ports)
-    try:
-        shell("make serve")
-        shell("make run")
-        yield folder, ports
-    finally:
-        shell("make stop")
-        shell.close()
-
-
-@pytest.fixture(scope="module")
 def done():
     """Commands that ran already: the same text does the same."""
-    return {"make serve", "make run"}
+    return set(FIRST)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ORDER, ids=lambda page: page.name)
-def test_page(page, project, done):
-    folder, ports = project
+def test_page(page, newcomer, done):
+    folder, ports = newcomer
     shell = Shell(folder, ports)
     try:
         for block in blocks(page):
