@@ -16,17 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 
 from tests.pages import PAGES, ROOT
-from tests.tiny import tiny_llama, tiny_tasks
+from tests.tiny import LABELS, tiny_llama, tiny_tasks, tiny_tokenizer
 
 TINY = {
-    "data": {"max_prompt_tokens": 48, "max_target_tokens": 4, "train_limit": 8, "test_limit": 4},
+    "data": {"max_prompt_tokens": 48, "max_target_tokens": 1, "train_limit": 8, "test_limit": 8},
     "lora": {"rank": 2},
     "gate": {"hidden": 6},
     "subspace": {"threshold": 0.8, "gate_threshold": 0.8, "max_examples": 8},
-    "train": {"learning_rate": 0.02, "epochs": 5},
+    "train": {"learning_rate": 0.02},
     "report": {"dpi": 40},
 }
 """Laid over the copy's params.yaml."""
@@ -65,9 +66,15 @@ def make_project(folder: Path) -> Path:
 
 
 def tiny_model(folder: Path) -> None:
-    """A random Llama that knows the pages' words: texts that differ in words alone are different to its gates."""
+    """A random Llama that knows the pages' words, as its gates tell texts apart by their words, and answers with
+    labels, as scores that are all 0 would hide a mistake."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    tiny_llama(folder, words=sorted(set(re.findall(r"\w+|[^\w\s]+", text))))
+    words = sorted(set(re.findall(r"\w+|[^\w\s]+", text)))
+    model, tokenizer = tiny_llama(words=words), tiny_tokenizer(words)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(LABELS)] *= 6
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager
