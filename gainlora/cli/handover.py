@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gainlora.cli.parser import Commands
 from gainlora.errors import GainLoRAError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ RUN_HELP = "a run folder, a task folder of it, adapters/ORDER, or a hub id"
 FINISHED_HELP = "a finished run's folder, adapters/ORDER, or a hub id"
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Their parsers."""
     predict = commands.add_parser(
         "predict", help="answers of a learned model", usage="gainlora predict [options] RUN (TEXT | --file JSONL)",

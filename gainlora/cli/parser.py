@@ -41,15 +41,17 @@ class Commands:
         )
         self.parser.epilog = EXAMPLES
 
-    def add_group(self, title: str, add: Callable[[Commands], None]) -> None:
-        """A group of commands under a title."""
+    def add_group(self, title: str, *groups: Callable[[Commands], None]) -> None:
+        """Commands under a title."""
         self.parser.description = f"{self.parser.description}\n\n{title}:"
-        add(self)
+        for add in groups:
+            add(self)
 
-    def add_parser(self, name: str, help: str) -> argparse.ArgumentParser:
-        """One command; `help` is its line in the list and the start of its own help."""
+    def add_parser(self, name: str, help: str, **settings: Any) -> argparse.ArgumentParser:
+        """One command; `help` is its line in the list and, where there is no `description`, the start of its own."""
         self.parser.description = f"{self.parser.description}\n  {name:<12}{help}"
-        return self.parsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        settings.setdefault("description", f"{help[0].upper()}{help[1:]}.")
+        return self.parsers.add_parser(name, help=help, **settings)
 
 
 def _orders(**_: Any) -> Iterable[str]:

@@ -7,13 +7,13 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
+from gainlora.cli.parser import Commands
 from gainlora.cli.runs import check_run, set_option
 from gainlora.errors import GainLoRAError
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Its parser."""
     sweep = commands.add_parser("sweep", help="run orders x methods x seeds side by side; continues a stopped sweep")
     sweep.add_argument("orders", nargs="*", metavar="ORDER", help="with --plan: only these of it")
