@@ -121,22 +121,25 @@ def start(jobs: int | None = None) -> None:
 
 
 def stop() -> None:
-    """End exactly what `start` started, with its children: the workers first, then the server."""
-    import psutil
-
+    """End exactly what `start` started: each worker's runs, which keep what is learned, it, and last the server."""
     record = _record()
     for name in (SWEEPS, POOL, "server"):
-        root = _process(record.get(name))
-        if root is None:
-            continue
-        family = [*root.children(recursive=True), root]
-        for process in family:
-            _signal(process, psutil.Process.terminate)
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left:
-            _signal(process, psutil.Process.kill)
-        print(f"{name} ended (process {root.pid})")
+        if root := _process(record.get(name)):
+            _end(root.children(recursive=True))  # first: a worker that ends kills them
+            _end([*root.children(recursive=True), root])
+            print(f"{name} ended (process {root.pid})")
     RECORD.unlink(missing_ok=True)
+
+
+def _end(family: list[Any]) -> None:
+    """Ask processes to end, and insist after 20 s."""
+    import psutil
+
+    for process in family:
+        _signal(process, psutil.Process.terminate)
+    _, left = psutil.wait_procs(family, timeout=20)
+    for process in left:
+        _signal(process, psutil.Process.kill)
 
 
 def _start_worker(pool: str, limit: int, url: str) -> list[float]:

@@ -32,8 +32,6 @@ from gainlora.errors import GainLoRAError
 from gainlora.params import side_section
 
 DEPLOYMENT = "continual/any"
-TAG = "gainlora-sweep"
-"""Of the runs that a sweep submits."""
 POLL_SECONDS = 3.0
 PAGE = 200
 """Flow runs that the API gives at once."""
@@ -90,7 +88,7 @@ def learn(missing: Sequence[Experiment], results: str | None) -> dict[str, tuple
             for e in missing:
                 parameters = {**e.parameters, "results": results, "label": e.label}
                 runs[e.name] = run_deployment(
-                    DEPLOYMENT, parameters=parameters, flow_run_name=e.name, tags=[TAG], timeout=0
+                    DEPLOYMENT, parameters=parameters, flow_run_name=e.name, tags=[tag()], timeout=0
                 )
             wait(client, runs)
         except BaseException:  # also KeyboardInterrupt and Prefect's TerminationSignal
@@ -160,7 +158,7 @@ def ready(client: SyncPrefectClient) -> None:
 
 def end_left_over(client: SyncPrefectClient) -> None:
     """Cancel the runs of a sweep that was killed, and wait: they would work in the same folders as ours."""
-    of_sweeps = FlowRunFilter(tags={"all_": [TAG]}, state={"type": {"any_": UNFINISHED}})
+    of_sweeps = FlowRunFilter(tags={"all_": [tag()]}, state={"type": {"any_": UNFINISHED}})
     left: list[FlowRun] = []
     while found := client.read_flow_runs(flow_run_filter=of_sweeps):
         new = [run for run in found if run.id not in {other.id for other in left}]
@@ -176,6 +174,11 @@ def cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
     for run in runs:
         if not final(run):
             client.set_flow_run_state(run.id, Cancelling(message="The sweep was stopped."))
+
+
+def tag() -> str:
+    """Of the runs that a sweep of this folder submits; other folders may use the same server."""
+    return f"sweep in {Path.cwd()}"
 
 
 def final(run: FlowRun) -> bool:

@@ -24,7 +24,8 @@ WITH_PLAN = ("--plan", "plan.yaml", "--results", "out")
 
 def of_sweeps(project):
     """The runs that sweeps submitted, oldest first."""
-    return project.api("flow_runs", flow_runs={"tags": {"all_": ["gainlora-sweep"]}}, sort="EXPECTED_START_TIME_ASC")
+    of_folder = {"tags": {"all_": [f"sweep in {project.folder}"]}}
+    return project.api("flow_runs", flow_runs=of_folder, sort="EXPECTED_START_TIME_ASC")
 
 
 def wait_for(what, process):
