@@ -12,20 +12,29 @@ export PREFECT_PORT ?= 4200
 export DO_NOT_TRACK := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help env run compare report ui serve stop docs test lint clean
+.PHONY: help env lock run compare report ui serve stop docs test soak audit lint clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
 # Made again only when the dependencies change.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "$(PYTHON) is not Python 3.11: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' # torch and the project
 	@touch $@
 
 env: $(VENV)/.ready ## make the environment (.venv), as every command below does when it must
+
+# After a change of constraints.txt: the same pins, with the hashes of all their files.
+lock: env
+	@test -x .cache/uv/bin/uv || { python -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv==0.13.8; }
+	@{ echo "# constraints.txt with the SHA-256 of each version's files, by \`make lock\`; without torch: docs/security.md"; \
+		grep -v '^torch==' constraints.txt | .cache/uv/bin/uv pip compile --quiet --generate-hashes --no-deps \
+		--python-version 3.11.7 --no-header --no-annotate -; } > .cache/requirements.lock
+	@mv .cache/requirements.lock requirements.lock
 
 run: env ## learn the four embedded tasks (dvc repro: only what changed) and show the result
 	@dvc repro embedded
@@ -53,6 +62,12 @@ docs: env ## the docs site: site/index.html
 
 test: env ## all tests
 	@python -m pytest
+
+soak: env ## kill a stream 100 times at random moments: half an hour, figures in tests/soak.json
+	@python -m tests.soak
+
+audit: env ## known vulnerabilities in the dependencies, where the advisory database answers
+	@python -m tests.audit
 
 lint: env ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy

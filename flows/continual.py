@@ -23,7 +23,7 @@ from prefect.states import Completed, Failed
 
 from flows import launch, versions
 from flows.artifacts import Progress, show_table
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, refused_by_system
 from gainlora.params import load_config, order_names, side_section
 
 Records = tuple[str, dict[str, Any]]
@@ -82,6 +82,10 @@ def continual(
             write_result(folder, results, label)
     except GainLoRAError as error:
         return Failed(message=str(error))
+    except OSError as error:  # of a file; what the network does is no input of the user's
+        if error.filename is None:
+            raise
+        return Failed(message=str(refused_by_system(error)))
     decimals = section("report")["decimals"]
     measured = [f"{key} {result[key]:.{decimals}f}" for key in ("AP", "FT", "BWT") if result[key] is not None]
     return Completed(message="  ".join(measured), data=result)
@@ -138,7 +142,8 @@ def open_run(order: str, options: dict[str, Any], hashes: dict[str, str]) -> tup
     """Make or reopen the run folder: its path, its steps' names (the tasks'), how many of them are finished."""
     from gainlora.learning.stream import Stream
 
-    stream = Stream.create(load_config(order, overrides=options))
+    alone = side_section("launch", overrides=options)["num_processes"] == 1
+    stream = Stream.create(load_config(order, overrides=options), alone=alone)
     versions.note_hashes(stream.folder, hashes)
     return str(stream.folder), list(stream.steps), stream.finished
 
@@ -250,7 +255,11 @@ def tracked(folder: str) -> Iterator[str]:
     """An MLflow run around the steps: FAILED when one fails, KILLED when the flow is cancelled."""
     from gainlora.tracking import mlflow
 
-    tracked_run = task(mlflow.start, name="start MLflow run", **RETRIES)(Path(folder), section("tracking"), Path("."))
+    start = task(mlflow.start, name="start MLflow run", **RETRIES)
+    started = start(Path(folder), section("tracking"), Path("."), return_state=True)
+    if not taken(started):
+        raise GainLoRAError(f"tracking.uri: MLflow does not answer ({started.message}); start it, then this run again.")
+    tracked_run = started.result()
     try:
         yield tracked_run
     except BaseException as error:  # also KeyboardInterrupt and Prefect's TerminationSignal

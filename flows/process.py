@@ -10,24 +10,40 @@ import signal
 import sys
 import threading
 import traceback
+from typing import Any
 
-from flows.show import show
 from gainlora.errors import told
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask to stop. The supervisor starts this process with them blocked: none comes before it is ready."""
+HEAVY = {"continual": ("gainlora.learning.stream", "accelerate", "datasets", "mlflow", "transformers")}
+"""What a flow takes seconds to import: while it does, a signal ends the process, for an exception would leave half."""
 
 
 def main(arguments: list[str]) -> int:
     """`python -m flows.process FLOW PARAMETERS [FD]`: run flows/FLOW.py on JSON parameters; the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     name, parameters, *pipe = arguments
     if pipe:
         threading.Thread(target=_end_with_supervisor, args=[int(pipe[0])], daemon=True).start()
-    module = importlib.import_module(f"flows.{name}")
-    _print_lines_of(str(module.__file__))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    for module in (f"flows.{name}", *HEAVY.get(name, ())):
+        importlib.import_module(module)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        state = getattr(module, name)(**json.loads(parameters), return_state=True)
+        return _run_flow(name, json.loads(parameters))
     except KeyboardInterrupt:
-        print("Interrupted. What is learned is kept; the same command goes on from there.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is to end what Prefect started
+
+
+def _run_flow(name: str, parameters: dict[str, Any]) -> int:
+    from flows.show import show
+
+    module = sys.modules[f"flows.{name}"]
+    _print_lines_of(str(module.__file__))
+    state = getattr(module, name)(**parameters, return_state=True)
     if state.is_completed():
         if name == "continual" and "DVC_STAGE" not in os.environ:
             show(state.result())

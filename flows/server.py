@@ -100,7 +100,9 @@ def start(jobs: int | None = None) -> None:
             stop()
             record = {}
         # Else only the server is gone: workers wait for it, and what they run goes on.
-        server = _spawn(["server", "start", "--host", "127.0.0.1", "--port", _port()], environment(url), "server")
+        app = ["--factory", "flows.guard:create_app", "--log-level", "warning"]
+        command = [sys.executable, "-m", "uvicorn", *app, "--host", "127.0.0.1", "--port", _port()]
+        server = _spawn(command, environment(url), "server")
         record = _write({**record, "url": url, "server": server})
         _wait(lambda: answers(url), server, "server")
     for command in (
@@ -147,7 +149,8 @@ def _start_worker(pool: str, limit: int, url: str) -> list[float]:
     values = environment(url)
     if limit > 1:
         values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // limit)))
-    return _spawn(["worker", "start", "--pool", pool, "--limit", str(limit), "--name", pool], values, pool)
+    command = _prefect(["worker", "start", "--pool", pool, "--limit", str(limit), "--name", pool])
+    return _spawn(command, values, pool)
 
 
 def _port() -> str:
@@ -158,13 +161,13 @@ def _prefect(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
 
 
-def _spawn(arguments: list[str], values: dict[str, str], name: str) -> list[float]:
+def _spawn(command: list[str], values: dict[str, str], name: str) -> list[float]:
     """Start a Prefect process of its own session; [pid, start time]."""
     import psutil
 
     with (HOME / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            _prefect(arguments),
+            command,
             env=values,
             stdin=subprocess.DEVNULL,
             stdout=log,

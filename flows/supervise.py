@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+from flows.process import STOPS
 from flows.server import answers, environment, find_server
 from gainlora.errors import GainLoRAError
 
@@ -37,13 +39,9 @@ def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
     values = environment(url)
     # Prefect's own lines stay in its UI; the flow prints its own (flows/process.py).
     values["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "flows.process", flow, json.dumps(dict(parameters)), str(alive)],
-        env=values,
-        pass_fds=[alive],
-        start_new_session=True,
-    )
-    os.close(alive)
+    if url is None:  # the temporary server answers its own run only
+        secret = f"run:{secrets.token_urlsafe()}"
+        values |= {"PREFECT_SERVER_API_AUTH_STRING": secret, "PREFECT_API_AUTH_STRING": secret}
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
@@ -52,7 +50,16 @@ def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
         else:
             os.kill(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # none is lost, nor seen by the child before it is ready
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flows.process", flow, json.dumps(dict(parameters)), str(alive)],
+        env=values,
+        pass_fds=[alive],
+        start_new_session=True,
+    )
+    os.close(alive)
+    before = {number: signal.signal(number, forward) for number in STOPS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     try:
         # Not reaped before its group is ended: until then the group's id cannot be given to anyone else.
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -63,5 +70,6 @@ def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
+        print("Interrupted. What is learned is kept; the same command goes on from there.", file=sys.stderr)
         return 130 if received[0] == signal.SIGINT else 143
     return code if code >= 0 else 128 - code

@@ -6,7 +6,7 @@ Heavy imports wait until a command needs them, so `--help` is instant.
 from __future__ import annotations
 
 import argparse
-import errno
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,9 +14,7 @@ import argcomplete
 
 from gainlora.cli import handover, reports, runs, sweep
 from gainlora.cli.parser import Commands
-from gainlora.errors import GainLoRAError, told
-
-NO_ROOM = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+from gainlora.errors import GainLoRAError, refused_by_system, told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,14 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser()
     argcomplete.autocomplete(commands)  # does something only when the Tab key asks
     options = commands.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default they end Python at once, and leave what it started
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         return int(options.command(options))
     except GainLoRAError as error:
         print(told(str(error)), file=sys.stderr)
         return 1
-    except OSError as error:  # full disk, read-only folder, a file where a folder should be
-        remedy = "make it writable or free space" if error.errno in NO_ROOM else "name another place"
-        print(f"error: {error.filename}: {error.strerror or error}; {remedy}.", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(told(str(refused_by_system(error))), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -19,6 +19,11 @@ from gainlora.errors import GainLoRAError
 from gainlora.plain import build
 
 
+def is_name(text: str) -> bool:
+    """Whether it may stand for an order or task, and so be a part of paths: it never leads out of a folder."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) is not None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen base model."""
@@ -233,7 +238,7 @@ class Config:
         if not names:
             raise GainLoRAError(f"orders.{self.order.name}.tasks: empty; name at least one task folder.")
         for name in (self.order.name, *names):  # they become parts of paths
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if not is_name(name):
                 raise GainLoRAError(
                     f"orders.{self.order.name}: {name!r} is no name of an order or task; use letters, digits, _ - and ."
                 )

@@ -1,6 +1,9 @@
 """Errors that a user can cause and mend."""
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HELP = "docs/troubleshooting.md"
@@ -8,7 +11,7 @@ SECTIONS = {
     "set-up": r".*(package index|fetch again|`gainlora fetch embedded`|run from the project's folder)",
     "data": r"orders\.|.*(train|test)\.json|.*changed since this run began",
     "model": r"model\.|lora\.targets|.*positions of this",
-    "learning": r"task .*, step|gate memory|lora\.rank|.*covariance",
+    "learning": r"task .*(, step|: (lora\.rank|.*(covariance|finite)))|gate memory|lora\.rank|.*covariance",
     "stopped-damaged": r".*(gainlora repair|in progress already|the same command again)",
     "mlflow": r"tracking\.|.*MLflow",
     "prefect": r".*P(REFECT|refect)",
@@ -27,12 +30,30 @@ class GainLoRAError(Exception):
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
+@contextmanager
+def within(what: str) -> Iterator[None]:
+    """Let an error that names a layer name the task, too."""
+    try:
+        yield
+    except GainLoRAError as error:
+        raise GainLoRAError(f"{what}: {error}") from None
+
+
 def not_written(path: Path, error: Exception) -> GainLoRAError:
     """What to raise when a file of a run could not be written: disk full, read-only folder."""
     reason = getattr(error, "strerror", None) or str(error)
     return GainLoRAError(
         f"{path}: not written: {reason}; free space or make it writable, and give the same command again: it goes on "
         "from what is learned."
+    )
+
+
+def refused_by_system(error: OSError) -> GainLoRAError:
+    """What to say when the system refuses a file: disk full, no permission, a file where a folder should be."""
+    misplaced = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+    remedy = "make it readable and writable or free space, and give the same command again"
+    return GainLoRAError(
+        f"{error.filename}: {error.strerror}; {'name another place' if error.errno in misplaced else remedy}."
     )
 
 

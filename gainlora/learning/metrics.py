@@ -69,3 +69,8 @@ def _rouge_scorer() -> Any:
 
 def _scores(row: Sequence[float | None]) -> list[float]:
     return [value for value in row if value is not None]
+
+
+def summary(R: list[list[float]]) -> dict[str, float | None]:
+    """AP, FT and BWT."""
+    return {"AP": average_performance(R), "FT": forgetting(R), "BWT": backward_transfer(R)}

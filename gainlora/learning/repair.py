@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from gainlora.config import is_name
 from gainlora.errors import GainLoRAError
 from gainlora.learning.files import DAMAGED, read_json, verify_checksums
 from gainlora.learning.run_folder import hold
@@ -21,7 +22,7 @@ def repair(folder: Path, from_task: int | None = None) -> tuple[int, list[str]]:
     """
     described = read_json(folder / "config.json")
     steps = described.get("steps") or described.get("tasks")  # folders of version 0.1.0 name tasks only
-    if not isinstance(steps, list) or not all(isinstance(name, str) for name in steps):
+    if not isinstance(steps, list) or not all(isinstance(name, str) and is_name(name) for name in steps):
         raise GainLoRAError(f"{folder / 'config.json'}: names no tasks; {DAMAGED}.")
     with hold(folder):
         folders = [folder / f"task_{t:02d}_{name}" for t, name in enumerate(steps, start=1)]

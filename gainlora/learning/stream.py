@@ -29,11 +29,11 @@ from gainlora.config import Config, from_dict
 from gainlora.data.batches import tokenize
 from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, load_order
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, within
 from gainlora.learning.checkpoint import PROGRESS, Checkpoints, latest, restore_branch
 from gainlora.learning.evaluate import Prediction, coefficient_statistics, evaluate_task
 from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
-from gainlora.learning.metrics import average_performance, backward_transfer, forgetting
+from gainlora.learning.metrics import summary
 from gainlora.learning.run_folder import hold, make_run
 from gainlora.learning.steps import Examples, basis_sizes, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
@@ -60,17 +60,25 @@ class Stream:
         self._seconds: dict[str, float] = {}
 
     @staticmethod
-    def create(config: Config, root: Path = Path(".")) -> Stream:
+    def create(config: Config, root: Path = Path("."), alone: bool = True) -> Stream:
         """Check the configuration against data and model, then make the run folder or find it again.
+        Not `alone`: other processes are to learn, so the model is not loaded here.
 
         Raises:
-            GainLoRAError: data or model are not there, another process works in this folder, or a file of a finished
-                task is damaged.
+            GainLoRAError: data or model are unusable, another process works here, or a finished task is damaged.
         """
         folder = make_run(config, root)
         for task_folder in sorted(folder.glob("task_*")):  # before the run is held: finished tasks never change
             verify_checksums(task_folder)
-        return Stream.open(folder)
+        stream = Stream.open(folder)
+        if alone and not any(folder.glob("*task_*")):
+            try:
+                stream._model_after(0)
+            except GainLoRAError:  # nothing is learned yet: an unusable model leaves no run behind
+                shutil.rmtree(folder)
+                _opened.cache_clear()
+                raise
+        return stream
 
     @staticmethod
     def open(folder: Path | str) -> Stream:
@@ -118,7 +126,8 @@ class Stream:
         started = time.perf_counter()
         model, _ = self._model_after(t - 1)
         self._holds = -1
-        prepare_task(model, self._examples(t), self.config, t)
+        with within(f"task {self.steps[t - 1]}"):
+            prepare_task(model, self._examples(t), self.config, t)
         self._seconds = {"prepare": time.perf_counter() - started}
 
     def train(self, t: int) -> None:
@@ -161,7 +170,8 @@ class Stream:
         seconds, self._seconds = self._seconds, {}
         started = time.perf_counter()
         model, _ = self._model()
-        update_memory(model, self._examples(t), self.config, t, self.steps[t - 1], self.horizon)
+        with within(f"task {self.steps[t - 1]}"):
+            update_memory(model, self._examples(t), self.config, t, self.steps[t - 1], self.horizon)
         self._holds = t
         partial = self._partial(t)
 
@@ -201,7 +211,7 @@ class Stream:
             "task": self.steps[t - 1],
             "index": t,
             "scores": scores,
-            **_summary(R),
+            **summary(R),
             **learned,
             "seconds": {phase: round(s, 2) for phase, s in learned["seconds"].items()},
         }
@@ -229,27 +239,21 @@ class Stream:
         if self.finished < steps:
             raise GainLoRAError(f"{self.folder}: {self.finished} of {steps} tasks are learned; run the order again.")
         R = distributed.first(lambda: self.accuracy_matrix(steps))
-        config = self.config
+        c = self.config
+        run = {"order": c.order.name, "method": c.method, "model": c.model.name, "seed": c.seed, "tasks": self.tasks}
         result = {
-            "order": config.order.name,
-            "method": config.method,
-            "model": config.model.name,
-            "seed": config.seed,
-            "tasks": self.tasks,
+            **run,
             # what was learned at once has a last row only
             "R": [[None] * T] * (T - steps) + [[round(v, 4) for v in row] + [None] * (T - len(row)) for row in R],
-            **{key: None if v is None else round(v, 4) for key, v in _summary(R).items()},
+            **{key: None if v is None else round(v, 4) for key, v in summary(R).items()},
         }
         distributed.first(lambda: write_json(self.folder / "result.json", result))
         return result
 
     def accuracy_matrix(self, t: int) -> list[list[float]]:
         """Rows 1..t of R, row k with k entries."""
-        rows = []
-        for k in range(1, t + 1):
-            scores = read_json(self.task_folder(k) / "scores.json")["scores"]
-            rows.append([scores[name] for name in self.seen(k)])
-        return rows
+        rows = [read_json(self.task_folder(k) / "scores.json")["scores"] for k in range(1, t + 1)]
+        return [[row[name] for name in self.seen(k)] for k, row in enumerate(rows, start=1)]
 
     # -- what the steps work with ------------------------------------------------------------------------------
 
@@ -344,7 +348,3 @@ class Stream:
 @cache
 def _opened(folder: Path) -> Stream:
     return Stream(folder)
-
-
-def _summary(R: list[list[float]]) -> dict[str, float | None]:
-    return {"AP": average_performance(R), "FT": forgetting(R), "BWT": backward_transfer(R)}

@@ -20,6 +20,8 @@ from gainlora.learning.checkpoint import Checkpoints, Records, latest, random_st
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.progress import track
 
+REMEDY = "lower train.learning_rate, or set model.dtype to float32"
+
 
 def derive_seed(seed: int, task: int, purpose: str) -> int:
     """A seed from (run seed, 1-based task index, purpose) alone, so that a resumed task repeats exactly."""
@@ -61,7 +63,7 @@ def train_task(
         learning_rate, examples, seconds.
 
     Raises:
-        GainLoRAError: the loss is not finite.
+        GainLoRAError: the loss, or what was learned, is not finite.
     """
     from transformers import get_scheduler
 
@@ -110,8 +112,7 @@ def train_task(
             penalty = {"penalty": penalized} if penalties else {}
             if not math.isfinite(loss + sum(penalty.values())):
                 found = f"the loss is {loss}" + "".join(f", the penalty {value}" for value in penalty.values())
-                remedy = "lower train.learning_rate, or set model.dtype to float32"
-                raise GainLoRAError(f"task {name}, step {step}: {found}; {remedy}.")
+                raise GainLoRAError(f"task {name}, step {step}: {found}; {REMEDY}.")
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             rate, whole = scheduler.get_last_lr()[0], False
@@ -129,6 +130,8 @@ def train_task(
         if alone and whole and records and not isinstance(error, Exception):  # interrupted, not failed: nothing is lost
             checkpoints.save(model, optimizer, scheduler, records, random)
         raise
+    if not all(torch.isfinite(p).all() for p in parameters):  # no later loss would show what the last step did
+        raise GainLoRAError(f"task {name}: its branch is not finite after training; {REMEDY}.")
     model.eval()
     model.integration.coefficients = None
     if settings.gradient_checkpointing:

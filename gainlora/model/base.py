@@ -72,7 +72,9 @@ def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) ->
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         part = "model"
-        model, loaded = kind.from_pretrained(source, dtype=dtype, device_map=device_map, output_loading_info=True)
+        model, loaded = kind.from_pretrained(
+            source, dtype=dtype, device_map=device_map, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # of any kind: transformers does not check the types in a folder's JSON files
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(

@@ -114,8 +114,8 @@ def record_task(
     _log(client, run_id, metrics=outcome + _curve(task_folder, step, started))
     _log(client, parent_run_id, metrics=outcome)
     _artifacts(client, run_id, task_folder)
-    client.set_tag(run_id, DONE, _digest(content))
     client.set_terminated(run_id, "FINISHED", end_time=ended)
+    client.set_tag(run_id, DONE, _digest(content))  # last: it says that all of this is done
     return run_id
 
 

@@ -1,4 +1,4 @@
-"""The MLflow store: its address, a client of it, the experiment."""
+"""The MLflow store: its address, whether anybody answers there, a client of it, the experiment."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +28,47 @@ def tracking_uri(root: Path = Path("."), uri: str | None = None) -> str:
     Args:
         root: the project's folder.
         uri: params.yaml's `tracking.uri`; None: SQLite in <root>/mlruns. A relative SQLite path counts from root.
+
+    Raises:
+        GainLoRAError: no address of a store, or a server's with a password, which would be versioned and logged.
     """
     if uri is None:
         uri = "sqlite:///mlruns/mlflow.db"
-    if not re.fullmatch(ADDRESS, uri):
+    if re.match("https?://[^/]*@", uri):
         raise GainLoRAError(
-            f"tracking.uri: {uri!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
+            "tracking.uri: holds a user or password, and params.yaml is versioned; give them in the environment: "
+            "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD."
+        )
+    if not re.fullmatch(ADDRESS, uri):
+        shown = re.sub("//[^/]*@", "//...@", uri)
+        raise GainLoRAError(
+            f"tracking.uri: {shown!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
         )
     if uri.startswith(SQLITE):
         return f"sqlite:///{(root / uri.removeprefix('sqlite:///')).resolve()}"
     return uri
+
+
+def check_server(uri: str) -> None:
+    """Refuse an MLflow server that does not answer before there is anything to record.
+
+    Args:
+        uri: what `tracking_uri` returned; other stores are opened without a server.
+
+    Raises:
+        GainLoRAError: nothing answers there.
+    """
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers; whether we may write shows when we do
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise GainLoRAError(
+            f"tracking.uri: {uri}: no MLflow server answers ({reason}); start it, or set tracking.uri to null."
+        ) from None
 
 
 @contextlib.contextmanager

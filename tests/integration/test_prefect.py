@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import psutil
@@ -79,6 +80,35 @@ def test_bad_input_fails_the_run_with_its_one_message(served):
     assert state["type"] == "FAILED"
     assert state["message"] == "params.yaml: no order 'order2'; known: tiny; a file of your own ends in .yaml."
     assert served.flow(method="seqlor", code=1).strip().startswith("error: method: 'seqlor' is unknown; choose from")
+
+
+@pytest.mark.parametrize(
+    "headers, code",
+    [
+        ({}, 200),
+        ({"Host": "localhost:PORT"}, 200),
+        ({"Origin": "http://localhost:PORT"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:PORT"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_the_server_answers_this_machine_only(served, headers, code):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{served.port}/api/flows/filter",
+        data=b"{}",
+        headers={name: value.replace("PORT", served.port) for name, value in headers.items()},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            found = reply.status
+    except urllib.error.HTTPError as error:
+        found = error.code
+    assert found == code
+    listening = psutil.Process(json.loads((served.folder / ".prefect/server.json").read_text())["server"][0])
+    assert {c.laddr.ip for c in listening.net_connections() if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
 def test_serving_twice_changes_nothing(served):

