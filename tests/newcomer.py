@@ -31,7 +31,7 @@ TINY = {
     "report": {"dpi": 40},
 }
 """Laid over the copy's params.yaml."""
-FIRST = ("make serve", "make run")
+FIRST = ("make serve", "make run", "make compare")
 PORTS = ("4200", "5000", "5001")
 BIN = Path(sys.executable).parent
 
@@ -79,7 +79,7 @@ def tiny_model(folder: Path) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """A project with its Prefect server, which saves each run a temporary one, after the first run.
+    """A project with its Prefect server, which saves each run a temporary one, after the first runs.
 
     Yields:
         The folder, and this machine's free ports by the ones that the pages name.

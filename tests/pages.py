@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[str]:
-    """A sh block's commands without their comments, continued lines joined."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
+    """A sh block's commands without their comments; one goes over as many lines as its quotes and backslashes say."""
+    found, begun = [], ""
+    for line in block.text.splitlines():
+        begun = (begun + "\n" + line if begun else line).removesuffix("\\")
+        if not line.endswith("\\") and _closed(text := _without_comment(begun)):
+            found.append(text.strip())
+            begun = ""
+    assert not begun, f"{block.page}:{block.line}: {begun!r} does not end"
+    return [command for command in found if command]
+
+
+def _without_comment(text: str) -> str:
+    starts = (match.start() for match in re.finditer(r"(^|\s)#", text))
+    return next((text[:start] for start in starts if _closed(text[:start])), text)
+
+
+def _closed(text: str) -> bool:
+    """Whether no quote is left open."""
+    try:
+        shlex.split(text)
+    except ValueError:
+        return False
+    return True

@@ -17,9 +17,12 @@ NOT_RUN = {
     r"make test": "it is what runs this",
     r"gainlora fetch cl-benchmark.*": "downloads, or needs a copy of the benchmark",
     r"(dvc repro|gainlora run) order\d.*": "needs the benchmark's data, a GPU and days",
-    r".*--model \w+/.*": "a model from the hub",
+    r".*--model \w+/.*|gainlora push .*": "the hub",
 }
-SERVERS = {r"make ui": "http://127.0.0.1:5000/health"}
+SERVERS = {
+    r"make ui": "http://127.0.0.1:5000/health",
+    r"mlflow models serve .*": "http://127.0.0.1:5001/ping",
+}
 """Commands that serve until Ctrl-C, and the address that answers when they are ready."""
 ORDER = sorted(PAGES, key=lambda page: page.name == "README.md")  # last: its `make stop` ends the server
 
@@ -43,7 +46,7 @@ def test_there_are_commands_and_every_exception_is_one():
 
 @pytest.mark.parametrize("command", sorted({c for c in everything() if c.startswith(("gainlora ", "make "))}))
 def test_the_command_line_understands(command):
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(re.split(" [>|] ", command)[0])
     if program == "gainlora" and "--help" not in words:
         parser().parse_args(words)
     elif program == "make":
