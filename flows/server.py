@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, told
 
 HOME = Path(".prefect")
 RECORD = HOME / "server.json"
@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> int:
                 print("usage: python -m flows.server start [JOBS] | stop", file=sys.stderr)
                 return 2
     except GainLoRAError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(str(error)), file=sys.stderr)
         return 1
     return 0
 

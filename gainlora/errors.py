@@ -14,7 +14,7 @@ SECTIONS = {
     "learning": r"task .*(, step|: (lora\.rank|.*(covariance|finite)))|gate memory|lora\.rank|.*covariance",
     "stopped-damaged": r".*(gainlora repair|in progress already|the same command again)",
     "mlflow": r"tracking\.|.*MLflow",
-    "prefect": r".*P(REFECT|refect)",
+    "prefect": r".*(P(REFECT|refect)|did not become ready)",
     "options": r"params\.yaml|method|[a-z]+\.[a-z_]+:",
 }
 """Sections of HELP, and how the messages begin that they explain; the first that fits counts."""
