@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 
@@ -119,7 +119,7 @@ class Shell:
             "PREFECT_PORT": str(self.ports.get("4200", 4200)),
         }
         self.bash = subprocess.Popen(
-            ["bash"], cwd=folder, env=self.environment, text=True, bufsize=1, start_new_session=True,
+            ["bash"], cwd=folder, env=self.environment, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -158,5 +158,7 @@ class Shell:
 
     def close(self) -> None:
         """End the shell and all that it started in the background."""
-        os.killpg(self.bash.pid, signal.SIGKILL)
+        bash = psutil.Process(self.bash.pid)
+        for process in [bash, *bash.children(recursive=True)]:
+            process.kill()
         self.bash.wait()

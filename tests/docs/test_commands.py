@@ -4,26 +4,33 @@ They run to the letter, page by page, in one copy of the project with a tiny mod
 a block with a title is written to that file first. What cannot run here is in NOT_RUN, with the reason.
 """
 
+import os
 import re
 import shlex
+import subprocess
 
 import pytest
 
 from gainlora.__main__ import parser
-from tests.newcomer import FIRST, Shell
+from tests.newcomer import BIN, FIRST, Shell
 from tests.pages import PAGES, ROOT, blocks, commands
 
 NOT_RUN = {
     r"make test": "it is what runs this",
     r"gainlora fetch cl-benchmark.*": "downloads, or needs a copy of the benchmark",
-    r"(dvc repro|gainlora run) order\d.*": "needs the benchmark's data, a GPU and days",
+    r"(dvc repro|gainlora run|run=\$\(gainlora run) order\d.*": "needs the benchmark's data, a GPU and days",
     r".*--model \w+/.*|gainlora push .*": "the hub",
+    r"(gainlora|prefect deployment run) sweep .*": "many runs: tests/integration/test_sweep.py has few",
+    r"accelerate launch .*|sbatch .*": "several machines",
+    r".*(HOST|0\.0\.0\.0|prefect (work-pool|deploy --all|worker)).*": "other machines and their servers",
 }
 SERVERS = {
     r"make ui": "http://127.0.0.1:5000/health",
     r"mlflow models serve .*": "http://127.0.0.1:5001/ping",
 }
 """Commands that serve until Ctrl-C, and the address that answers when they are ready."""
+SUBCOMMANDS = {"prefect": 2, "mlflow": 1, "accelerate": 1}
+"""Words that name a command of another program."""
 ORDER = sorted(PAGES, key=lambda page: page.name == "README.md")  # last: its `make stop` ends the server
 
 
@@ -55,6 +62,24 @@ def test_the_command_line_understands(command):
         names = [variable.partition("=")[0] for variable in variables]
         assert all(re.search(rf"^(export )?{name} [?:]?=", makefile, re.MULTILINE) for name in names)
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def others():
+    """Commands of other programs that do not run here, each one by itself, without what is set for it."""
+    parts = [part for command in everything() if of(NOT_RUN, command) for part in command.split(" && ")]
+    words = [[word for word in shlex.split(part) if not re.match(r"[A-Z_]+=", word)] for part in parts]
+    return {" ".join(command): command for command in words if command[0] in SUBCOMMANDS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", others().values(), ids=others())
+def test_options_of_other_programs_exist(command):
+    program = [BIN / command[0], *command[1 : 1 + SUBCOMMANDS[command[0]]]]
+    environment = {**os.environ, "COLUMNS": "200", "DO_NOT_TRACK": "true"}
+    done = subprocess.run([*program, "--help"], capture_output=True, text=True, cwd="/", env=environment)
+    own = command[: command.index("-m")] if "-m" in command else command  # what follows belongs to the module
+    for option in (word.partition("=")[0] for word in own if word.startswith("--")):
+        assert option in done.stdout, f"{option}: {done.stdout}{done.stderr}"
 
 
 @pytest.fixture(scope="module")
