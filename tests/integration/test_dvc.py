@@ -13,6 +13,7 @@ import yaml
 
 from flows import versions
 from flows.by_name import named
+from gainlora.learning.run_folder import LEARNING_CODE
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/bin/sh
@@ -30,17 +31,8 @@ def project(tmp_path, monkeypatch):
     for name in ("dvc.yaml", "paper/dvc.yaml", "params.yaml", ".dvcignore", ".dvc/config", ".gitignore"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    code = (
-        "config.py",
-        "plain.py",
-        "reading.py",
-        "data/embedded.py",
-        "data/sources.py",
-        "data/text.py",
-        "model/gate.py",
-        "rules/a.py",
-        "learning/a.py",
-    )
+    learning = [part if part.endswith(".py") else f"{part}/a.py" for part in LEARNING_CODE]
+    code = (*learning, "data/embedded.py", "data/sources.py", "data/text.py", "model/gate.py")
     for name in code:
         (tmp_path / "gainlora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "gainlora" / name).write_text("# code\n")
