@@ -34,11 +34,13 @@ def blocks(page: Path) -> list[Block]:
 def commands(block: Block) -> list[str]:
     """A sh block's commands without their comments; one goes over as many lines as its quotes and backslashes say."""
     found, begun = [], ""
-    for line in block.text.splitlines():
-        begun = (begun + "\n" + line if begun else line).removesuffix("\\")
-        if not line.endswith("\\") and _closed(text := _without_comment(begun)):
-            found.append(text.strip())
+    for line in block.text.replace("\\\n", "").splitlines():
+        begun += line
+        if _closed(text := _without_comment(begun)):
+            found.append(re.sub(" {2,}", " ", text.strip()))
             begun = ""
+        else:
+            begun += "\n"
     assert not begun, f"{block.page}:{block.line}: {begun!r} does not end"
     return [command for command in found if command]
 

@@ -36,7 +36,7 @@ ORDER = sorted(PAGES, key=lambda page: page.name == "README.md")  # last: its `m
 
 def of(table, command):
     """The entry of a table that a command belongs to."""
-    return next((value for pattern, value in table.items() if re.fullmatch(pattern, command)), None)
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, command, re.DOTALL)), None)
 
 
 def everything():
