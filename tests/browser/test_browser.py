@@ -76,7 +76,7 @@ def runs(shell):
     """{method: (run id, result)} of the embedded order with params.yaml's options."""
     found = {}
     for method in METHODS:
-        for file in shell.folder.glob(f"runs/embedded-{method}-smollm2-135m-42-*/result.json"):
+        for file in shell.folder.glob(f"runs/embedded-{method}-smollm2-135m-42-????????/result.json"):
             config = json.loads(file.with_name("config.json").read_text())["config"]
             if config["train"]["learning_rate"] == 0.02 and config["lora"]["targets"] is None:
                 found[method] = (file.parent.name, json.loads(file.read_text()))
