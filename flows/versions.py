@@ -83,7 +83,7 @@ def commit(order: str) -> str | None:
     if "DVC_STAGE" in os.environ or order not in STAGES or not in_project():
         return None
     # Waits for a `dvc repro` beside it, which gives up the lock while its stages run.
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--quiet", "--force", *STAGES[order]]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--force", *STAGES[order]]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return None

@@ -38,6 +38,7 @@ def project(tmp_path, model):
     made = Project(tmp_path, model)
     params = yaml.safe_load((tmp_path / "params.yaml").read_text())
     params["orders"] = {"embedded": params["orders"]["tiny"]}
+    params["train"]["epochs"] = 20
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
     for name in (".dvcignore", ".dvc/config", ".gitignore"):
@@ -69,9 +70,9 @@ def files(folder):
 def test_runs_and_dvc_repro_beside_each_other(project, tmp_path_factory, monkeypatch):
     """Three at once in one folder, each with a temporary server of its own: the same run is refused, another is not."""
     process = project.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "embedded"}))
-    read_until(process, "3 tasks")
+    read_until(process, "task 1/3")
     (flow,) = [p for p in psutil.Process(process.pid).children() if "flows.process" in p.cmdline()]
-    flow.suspend()  # in the middle of its work, with the run in its hands
+    flow.suspend()  # in the middle of training: with the run in its hands, but none of the locks that others wait for
     try:
         holder = f"in progress already (process {flow.pid} on {socket.gethostname()} since 20"
         output = project("dvc", "repro", code=255)
@@ -86,7 +87,7 @@ def test_runs_and_dvc_repro_beside_each_other(project, tmp_path_factory, monkeyp
 
     seeds = {json.loads(file.read_text())["seed"]: file.parent for file in project.folder.glob("runs/*/result.json")}
     assert set(seeds) == {1, 2}
-    for file in ("metrics/embedded.json", "adapters/embedded/result.json"):  # params.yaml's configuration, no other
+    for file in ("metrics/embedded.json", "adapters/embedded/run.json"):  # params.yaml's configuration, no other
         assert json.loads((project.folder / file).read_text())["seed"] == 2
     assert "up to date" in project("dvc", "status")
 
