@@ -75,8 +75,9 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     for name, layer in model.layers.items():
         A = branches.take(f"{name}.lora_A", stacked, config.rank, layer.base.in_features)
         B = branches.take(f"{name}.lora_B", stacked, layer.base.out_features, config.rank)
-        layer.A = A.flatten(0, 1).to(layer.A.device)  # (T*r, d_in)
-        layer.B = B.transpose(0, 1).flatten(1).to(layer.B.device)  # (d_out, T*r)
+        # memory of their own: as aligned as in the run that learned them, so that products have the same bits
+        layer.A = A.flatten(0, 1).to(layer.A.device, copy=True)  # (T*r, d_in)
+        layer.B = B.transpose(0, 1).flatten(1).to(layer.B.device, copy=True)  # (d_out, T*r)
     branches.finish()
     shape = widths(model.width, config.gate_hidden, config.gate_depth)
     if config.gated and config.tasks:

@@ -35,7 +35,18 @@ class Integration:
 
     def __init__(self, weighted: bool) -> None:
         self.weighted = weighted
-        self.coefficients: Tensor | None = None
+        self._coefficients: Tensor | None = None
+        self._columns: dict[tuple[int, int, float], Tensor] = {}
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """a (B, T); None between batches."""
+        return self._coefficients
+
+    @coefficients.setter
+    def coefficients(self, a: Tensor | None) -> None:
+        self._coefficients = a
+        self._columns.clear()
 
     def columns(self, batch: int, rank: int, scaling: float) -> Tensor | None:
         """s * a per column of the stacked h: (batch, 1, T*r). Repeated where a batch is larger (beams).
@@ -45,13 +56,19 @@ class Integration:
         """
         if not self.weighted:
             return None
-        a = self.coefficients
+        a = self._coefficients
         if a is None:
             raise GainLoRAError("no coefficients: call GainLoRAModel or its generate(), not the base model inside it.")
         if batch % len(a):
             raise GainLoRAError(f"a batch of {batch} meets coefficients for {len(a)} samples; generate() sets them.")
-        a = a.repeat_interleave(batch // len(a), dim=0)  # (batch, T)
-        return (scaling * a).repeat_interleave(rank, dim=1).unsqueeze(1)
+        key = (batch, rank, scaling)
+        if key not in self._columns:
+            repeated = a.repeat_interleave(batch // len(a), dim=0)  # (batch, T)
+            columns = (scaling * repeated).repeat_interleave(rank, dim=1).unsqueeze(1)
+            if columns.requires_grad:  # each layer's own, so that gradients meet at `a`
+                return columns
+            self._columns[key] = columns  # in generation the same for all layers and new tokens
+        return self._columns[key]
 
 
 class Branches(torch.autograd.Function):
@@ -143,17 +160,15 @@ class GatedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, d_in) -> (B, S, d_out)."""
-        e = self.base(x)
+        e: Tensor = self.base(x)
         if not self.branches:
             return e
-        if self.new_A is None or self.new_B is None:  # all frozen: the last one stands in for the newest
-            r = self.rank
-            A, new_A, B, new_B = self.A[:-r], self.A[-r:], self.B[:, :-r], self.B[:, -r:]
-        else:
-            A, new_A, B, new_B = self.A, self.new_A, self.B, self.new_B
         c = self.integration.columns(len(x), self.rank, self.scaling)
         c = c if c is None else c.to(x.device)
-        branches: Tensor = Branches.apply(x, A, B, new_A, new_B, c, self.scaling)
+        if self.new_A is None or self.new_B is None:  # all frozen
+            h = x.to(self.A.dtype) @ self.A.T  # (B, S, T*r)
+            return e + (h * (self.scaling if c is None else c) @ self.B.T).to(x.dtype)
+        branches: Tensor = Branches.apply(x, self.A, self.B, self.new_A, self.new_B, c, self.scaling)
         return e + branches
 
     def start_branch(self, A: Tensor, B: Tensor, train_A: bool) -> None:
