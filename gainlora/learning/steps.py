@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,17 +57,17 @@ def prepare_task(model: GainLoRAModel, examples: Examples, config: Config, task:
     generator = torch.Generator().manual_seed(derive_seed(config.seed, task, "prepare"))
     last = model.pop_branch() if rule.shared and task > 1 else {}
     covariances = layer_covariances(model, examples.batches("inputs")) if rule.input_memory else {}
+
+    @cache  # layers that share an input share its free directions
+    def free_directions(group: str, count: int) -> Tensor:
+        return design_A(model.layer_memory[group], covariances[group], count, group)
+
     branch = {}
     for name, layer in model.layers.items():
-        group = model.inputs[name].group
-        free = partial(_free_directions, model, covariances, group) if rule.input_memory else None
+        free = partial(free_directions, model.inputs[name].group) if rule.input_memory else None
         branch[name] = rule.start(Start(layer, rank, generator, last.get(name), free))
     gate = start_gate(model, examples, config, generator) if config.gated else None
     model.start_branch(branch, rule.train_A, gate)
-
-
-def _free_directions(model: GainLoRAModel, covariances: dict[str, Tensor], group: str, count: int) -> Tensor:
-    return design_A(model.layer_memory[group], covariances[group], count, group)
 
 
 def start_gate(model: GainLoRAModel, examples: Examples, config: Config, generator: torch.Generator) -> Gate:
@@ -98,7 +98,7 @@ def update_memory(model: GainLoRAModel, examples: Examples, config: Config, task
         keep = threshold_at(settings.threshold, task, horizon)
         covariances = layer_covariances(model, examples.batches("inputs"))
         for group, basis in model.layer_memory.items():
-            model.layer_memory[group] = expand_blocks(basis, covariances[group], keep, settings.energy, group)
+            model.layer_memory[group] = expand_blocks(basis, covariances.pop(group), keep, settings.energy, group)
     if config.gated:
         assert model.gates is not None
         keep = threshold_at(settings.gate_threshold, task, horizon)

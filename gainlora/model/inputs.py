@@ -54,7 +54,7 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         for handle in handles:
             handle.remove()
     _add_up(found.values())
-    return {group: c.matrices(group) for group, c in found.items()}
+    return {group: found.pop(group).matrices(group) for group in model.groups}  # one at a time: no second copy of all
 
 
 @torch.no_grad()

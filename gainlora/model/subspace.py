@@ -13,8 +13,6 @@ Pure tensors: nothing here knows of models. Everything is two thin products; no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -49,9 +47,13 @@ class Covariance:
     def update(self, x: Tensor) -> None:
         """Add the rows of x (n, d)."""
         rows = x.to(torch.float32).reshape(len(x), *self.total.shape[:2])  # (n, b, d/b)
-        with _fast_products(x.dtype):
-            for total, block in zip(self.total, rows.unbind(1), strict=True):
-                total.addmm_(block.T, block)
+        half = rows.shape[2] // 2
+        for total, block in zip(self.total, rows.unbind(1), strict=True):
+            # C is symmetric: three quarters of it are computed, `matrices` mirrors the rest
+            first, second = block[:, :half], block[:, half:]
+            total[:half, :half].addmm_(first.T, first)
+            total[half:, :half].addmm_(second.T, first)
+            total[half:, half:].addmm_(second.T, second)
         self.count += len(x)
 
     def matrices(self, name: str) -> Tensor:
@@ -67,20 +69,9 @@ class Covariance:
                 f"{name}: the covariance of its inputs is not finite; lower train.learning_rate, "
                 "or set model.dtype to float32."
             )
+        half = self.total.shape[1] // 2
+        self.total[:, :half, half:] = self.total[:, half:, :half].mT
         return self.total / self.count
-
-
-@contextmanager
-def _fast_products(dtype: torch.dtype) -> Iterator[None]:
-    """Factors that came as bfloat16 are multiplied as such (CPU) or as TF32 (GPU): nothing of them is lost, several
-    times as fast as float32. Sums are float32 in either case."""
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def threshold_at(threshold: float, task: int, horizon: int) -> float:
