@@ -153,7 +153,7 @@ def new_key(
         GainLoRAError: the memory leaves no direction of this task's features.
     """
     d = len(covariance)
-    directions, _ = principal_directions(covariance, memory, "the new gate's key")
+    directions = principal_directions(covariance, memory, "the new gate's key", lambda sigma, rest: 1)
     if not directions.shape[1]:
         raise GainLoRAError(
             f"gate memory is full: the new task's prompts have no feature direction outside the {memory.shape[1]} of "

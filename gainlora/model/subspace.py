@@ -13,6 +13,7 @@ Pure tensors: nothing here knows of models. Everything is two thin products; no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,9 +24,14 @@ from gainlora.errors import GainLoRAError
 Basis = tuple[Tensor, ...]
 """Orthonormal columns per block of inputs: block j is (d / b, k_j). One block unless d is split."""
 
+Wanted = Callable[[Tensor, float], int | None]
+"""How many directions are enough, from the largest singular values found so far and the sum of squares of the rest;
+None: more must be known."""
 
 NUMERICAL_ZERO = 1e-6
 """Share of ||C||_F below which a singular value is rounding (a float32 stream errs by some 1e-8)."""
+BLOCK, CHECK, CONVERGED = 16, 3, 1e-8
+"""Of the block Krylov iteration: directions per step, steps per look at what is found, residual that will do."""
 
 
 class Covariance:
@@ -84,19 +90,21 @@ def project_out(x: Tensor, basis: Tensor) -> Tensor:
     return x - (x @ basis) @ basis.T
 
 
-def principal_directions(covariance: Tensor, basis: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of R = (I - U U^T) C, largest first.
+def principal_directions(covariance: Tensor, basis: Tensor, name: str, wanted: Wanted, partial: bool = True) -> Tensor:
+    """Left singular vectors of R = (I - U U^T) C, largest first.
 
-    They are the eigenvectors of the symmetric R R^T: several times faster than a full SVD of R. The
-    square is taken in float64, which keeps values down to 1e-8 of the largest apart.
+    They are the eigenvectors of the symmetric R R^T: the leading ones by block Krylov iteration where that gives
+    what is wanted, else all by a decomposition, which is still faster than a full SVD of R. Everything is float64,
+    which keeps singular values down to 1e-8 of the largest apart.
 
     Args:
         covariance: C (d, d), symmetric.
         basis: U (d, k), orthonormal columns.
         name: whose inputs these are.
+        wanted: decides how many directions are enough.
+        partial: whether `wanted` can decide without knowing all singular values.
     Returns:
-        Directions (d, n), orthonormal and orthogonal to U, those above `NUMERICAL_ZERO` of ||C||_F; all singular
-        values (d,). float64.
+        (d, n) float64, orthonormal and orthogonal to U: as many as wanted, or all above `NUMERICAL_ZERO` of ||C||_F.
 
     Raises:
         GainLoRAError: the decomposition does not converge.
@@ -104,20 +112,61 @@ def principal_directions(covariance: Tensor, basis: Tensor, name: str) -> tuple[
     c, u = covariance.double(), basis.double()
     residual = c - u @ (u.T @ c)
     try:
-        squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
+        found = _leading(residual, wanted) if partial else None
+        sigma, vectors = found or _all(residual)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise GainLoRAError(
             f"{name}: the covariance of its inputs cannot be decomposed ({reason}); lower train.learning_rate, set "
             "model.dtype to float32, or run on another device."
         ) from None
-    sigma = squares.clamp_min(0).sqrt().flip(0)
-    vectors = vectors.flip(1)
     # the scale of C, not of R: what rounding leaves of an exhausted R is no direction
     rank = min(int((sigma > NUMERICAL_ZERO * c.norm()).sum()), len(c) - u.shape[1])
-    vectors = vectors[:, :rank]
+    count = wanted(sigma, 0.0) if found is None else vectors.shape[1]
+    vectors = vectors[:, : rank if count is None else min(count, rank)]
     vectors = vectors - u @ (u.T @ vectors)  # rounding of the products above
-    return torch.linalg.qr(vectors).Q if rank else vectors, sigma
+    return torch.linalg.qr(vectors).Q if vectors.shape[1] else vectors
+
+
+def _all(residual: Tensor) -> tuple[Tensor, Tensor]:
+    """All singular values (d,) and left singular vectors (d, d) of R, largest first."""
+    squares, vectors = torch.linalg.eigh(residual @ residual.T)  # ascending
+    return squares.clamp_min(0).sqrt().flip(0), vectors.flip(1)
+
+
+def _leading(residual: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor] | None:
+    """The wanted leading singular values and left singular vectors (d, n) of R; None where a third of d is not enough.
+
+    The rows K (m, d) span R G, (R R^T) R G, (R R^T)^2 R G, ... of a random G; eigenvectors of K R (K R)^T turn K into
+    approximate singular vectors. They are taken once their residuals are small: ||R R^T v - sigma^2 v|| <= e sigma_n^2
+    for all n gives a span whose largest angle to the exact one is at most sqrt(n) e / (1 - sigma_{n+1}^2 / sigma_n^2)
+    (Davis and Kahan), e = `CONVERGED`. Musco and Musco, Randomized Block Krylov Methods (NeurIPS 2015).
+    """
+    d, energy = len(residual), float(residual.square().sum())
+    generator = torch.Generator().manual_seed(0)  # any start will do; always the same gives the same bits
+    start = torch.randn(BLOCK, d, generator=generator, dtype=residual.dtype).to(residual.device)
+    rows = torch.linalg.qr((start @ residual.T).T).Q.T  # (m, d), as all here: products of thin rows are the faster ones
+    images = rows @ residual
+    for step in range(1, d // (3 * BLOCK)):
+        new = images[-BLOCK:] @ residual.T
+        for _ in range(2):  # once leaves rounding
+            new = new - (new @ rows.T) @ rows
+        new = torch.linalg.qr(new.T).Q.T
+        rows, images = torch.cat((rows, new)), torch.cat((images, new @ residual))
+        if step % CHECK:
+            continue
+        squares, turn = torch.linalg.eigh(images @ images.T)
+        squares, turn = squares.clamp_min(0).flip(0), turn.flip(1)
+        sigma = squares.sqrt()
+        count = wanted(sigma, max(0.0, energy - float(squares.sum())))
+        if count is None or not 0 < count <= len(rows) - BLOCK:
+            continue
+        turned = turn[:, :count].T
+        vectors = turned @ rows  # (n, d)
+        error = (turned @ images) @ residual.T - squares[:count, None] * vectors
+        if error.norm(dim=1).max() <= CONVERGED * squares[count - 1]:
+            return sigma, vectors.T
+    return None
 
 
 def expand_basis(
@@ -133,18 +182,21 @@ def expand_basis(
     Returns:
         (d, k') with k' >= k, orthonormal.
     """
-    directions, sigma = principal_directions(covariance, basis, name)
-    if energy == "covariance":
-        added, total = sigma.square(), covariance.double().square().sum()
-    else:  # C is positive semidefinite: its singular values sum to its trace
-        added, total = sigma, covariance.double().trace()
-    # missing[j]: energy still outside with j further directions, summed from the small end for exactness
-    missing = torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1)))  # (d + 1,)
-    enough = torch.nonzero(1 - missing / total >= threshold)
-    count = min(int(enough[0]), directions.shape[1])
-    if basis.shape[1] == 0:
-        count = max(count, 1)
-    return torch.cat((basis, directions[:, :count].to(basis.dtype)), dim=1)
+    least = 0 if basis.shape[1] else 1
+    squared = energy == "covariance"
+    # C is positive semidefinite: its singular values sum to its trace
+    total = covariance.double().square().sum() if squared else covariance.double().trace()
+
+    def enough(sigma: Tensor, rest: float) -> int | None:
+        added = sigma.square() if squared else sigma
+        # missing[j]: energy still outside with j further directions, summed from the small end for exactness
+        missing = rest + torch.cat((added.flip(0).cumsum(0).flip(0), added.new_zeros(1)))  # (n + 1,)
+        reached = torch.nonzero(1 - missing / total >= threshold)
+        return max(int(reached[0]), least) if len(reached) else None
+
+    # what the unknown singular values sum to is not known, what their squares sum to is
+    directions = principal_directions(covariance, basis, name, enough, partial=squared)
+    return torch.cat((basis, directions.to(basis.dtype)), dim=1)
 
 
 def top_directions(basis: Tensor, covariance: Tensor, count: int, name: str) -> Tensor:
@@ -153,13 +205,13 @@ def top_directions(basis: Tensor, covariance: Tensor, count: int, name: str) -> 
     Raises:
         GainLoRAError: fewer directions are left; `name` says in which layer.
     """
-    directions, _ = principal_directions(covariance, basis, name)
+    directions = principal_directions(covariance, basis, name, lambda sigma, rest: count)
     if directions.shape[1] < count:
         raise GainLoRAError(
             f"lora.rank: {count} is more than the {directions.shape[1]} input directions that old tasks leave free "
             f"in {name} ({basis.shape[1]} of {len(basis)} are in its memory); lower lora.rank or subspace.threshold."
         )
-    return directions[:, :count].T.to(basis.dtype)
+    return directions.T.to(basis.dtype)
 
 
 def empty_basis(width: int, blocks: int = 1, device: torch.device | None = None) -> Basis:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gainlora.errors import GainLoRAError
+from gainlora.model import subspace
 from gainlora.model.subspace import (
     Covariance,
     design_A,
@@ -99,20 +100,57 @@ def test_first_basis_gets_one_direction_even_for_a_tiny_threshold():
     assert expand_basis(torch.zeros(9, 0), torch.eye(9), 1e-6, "covariance", "layer").shape[1] == 1
 
 
-def test_principal_directions_are_left_singular_vectors_of_the_residual():
-    c = covariance(inputs(300, 24, 12))[0].double()
+def exact_directions(c, basis):
+    u, s, _ = torch.linalg.svd(c.double() - basis.double() @ (basis.double().T @ c.double()))
+    return u, s
+
+
+def largest_angle(a, b):
+    """The largest principal angle (its sine) between two spans of orthonormal columns of equal number."""
+    assert a.shape == b.shape
+    return float(torch.linalg.matrix_norm(a - b @ (b.T @ a), 2))
+
+
+@pytest.mark.parametrize("d", [24, 512])  # all directions at once, and by iteration
+def test_principal_directions_are_left_singular_vectors_of_the_residual(d):
+    c = covariance(inputs(300, d, 12))[0].double()
     basis = expand_basis(
-        torch.zeros(24, 0).double(), covariance(inputs(90, 24, 4, 5))[0].double(), 1.0, "covariance", "layer"
+        torch.zeros(d, 0).double(), covariance(inputs(90, d, 4, 5))[0].double(), 1.0, "covariance", "layer"
     )
-    directions, sigma = principal_directions(c, basis, "layer")
-    u, s, _ = torch.linalg.svd(c - basis @ (basis.T @ c))
-    found = directions.shape[1]  # the numerical rank: old directions are no part of the residual
-    assert found <= 12 and s[found] < 1e-6 * c.norm() < s[found - 1]
-    torch.testing.assert_close(sigma, s, rtol=1e-6, atol=1e-7 * float(s[0]))
-    for k in (1, 3, 8):  # equal spans: all principal angles are 0
-        overlap = torch.linalg.svdvals(u[:, :k].T @ directions[:, :k])
-        assert (1 - overlap).max() < 1e-9
-    assert (basis.T @ directions).abs().max() < 1e-12
+    u, s = exact_directions(c, basis)
+    for k in (1, 3, 8, 50):
+        found = principal_directions(c, basis, "layer", lambda sigma, rest, k=k: k)
+        n = found.shape[1]  # at most the numerical rank: old directions are no part of the residual
+        assert n == min(k, int((s > 1e-6 * c.norm()).sum())) and n <= 12
+        assert largest_angle(found, u[:, :n]) < 1e-9
+        assert (basis.T @ found).abs().max() < 1e-12
+        torch.testing.assert_close(found.T @ found, torch.eye(n).double())
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])  # sigma_i = i^-decay; the flattest is beyond an iteration's reach
+@pytest.mark.parametrize("threshold", [0.9, 0.995])
+def test_iteration_and_full_decomposition_give_the_same_basis(decay, threshold, monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    rotation = torch.linalg.qr(torch.randn(400, 400, generator=g)).Q
+    c = (rotation * torch.arange(1, 401).float() ** -decay) @ rotation.T
+    old = torch.linalg.qr(torch.randn(400, 30, generator=g)).Q
+    for basis in (torch.zeros(400, 0), old):
+        found = expand_basis(basis, c, threshold, "covariance", "layer")
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_leading", lambda residual, wanted: None)
+            exact = expand_basis(basis, c, threshold, "covariance", "layer")
+        assert largest_angle(found.double(), exact.double()) < 1e-4
+
+
+def test_an_iteration_is_enough_where_few_directions_hold_the_energy(monkeypatch):
+    def refuse(residual):
+        raise AssertionError("decomposed in full")
+
+    monkeypatch.setattr(subspace, "_all", refuse)
+    c = torch.diag(0.8 ** torch.arange(400.0))
+    assert torch.equal(
+        expand_basis(torch.zeros(400, 0), c, 0.99, "covariance", "layer").abs().argmax(0), torch.arange(11)
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
