@@ -39,6 +39,18 @@ def test_streamed_covariance_is_the_covariance_and_its_blocks():
         torch.testing.assert_close(blocks[j], expected[4 * j : 4 * j + 4, 4 * j : 4 * j + 4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_covariance_is_summed_in_float32_whatever_the_inputs_dtype(dtype):
+    x = (torch.randn(3000, 96, generator=torch.Generator().manual_seed(0)) + 1).to(dtype)
+    c = Covariance(96)
+    for part in x.split(500):
+        c.update(part)
+    exact = x.double().T @ x.double() / 3000
+    found = c.matrices("test")[0].double()
+    assert (found - exact).norm() < 3e-7 * exact.norm()  # in bfloat16 it would be 1e-3
+    assert torch.equal(found, found.T) and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_covariance_refuses_nothing_seen_and_values_not_finite():
     with pytest.raises(GainLoRAError, match=r"layer\.q: no inputs"):
         Covariance(4).matrices("layer.q")
