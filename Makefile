@@ -12,7 +12,7 @@ export PREFECT_PORT ?= 4200
 export DO_NOT_TRACK := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help env lock run compare report ui serve stop docs test soak audit lint clean
+.PHONY: help env lock run compare report ui serve stop docs test bench soak audit lint clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -62,6 +62,9 @@ docs: env ## the docs site: site/index.html
 
 test: env ## all tests
 	@python -m pytest
+
+bench: env ## measure speed and memory against the targets: benchmarks/README.md
+	@python -m benchmarks
 
 soak: env ## kill a stream 100 times at random moments: half an hour, figures in tests/soak.json
 	@python -m tests.soak

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from gainlora.model.base import pick_device, pick_dtype
+
 Sides = dict[str, Callable[[], Any]]
 Times = dict[str, list[float]]
 
@@ -116,8 +118,8 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def machine(dtype: torch.dtype) -> dict[str, Any]:
-    """What the figures depend on."""
+def machine() -> dict[str, Any]:
+    """What the figures depend on; the dtype is that which a run would pick for the base here."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -129,7 +131,7 @@ def machine(dtype: torch.dtype) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ram_gib": round(psutil.virtual_memory().total / 2**30),
         "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(pick_dtype("auto", pick_device())).removeprefix("torch."),
     }
     if torch.cuda.is_available():
         named["gpu"] = torch.cuda.get_device_name()

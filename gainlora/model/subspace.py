@@ -31,7 +31,7 @@ None: more must be known."""
 
 NUMERICAL_ZERO = 1e-6
 """Share of ||C||_F below which a singular value is rounding (a float32 stream errs by some 1e-8)."""
-BLOCK, CHECK, CONVERGED = 16, 3, 1e-8
+BLOCK, CHECK, CONVERGED = 16, 3, 1e-6
 """Of the block Krylov iteration: directions per step, steps per look at what is found, residual that will do."""
 
 
@@ -157,7 +157,7 @@ def _leading(residual: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor] | None:
     for all n gives a span whose largest angle to the exact one is at most sqrt(n) e / (1 - sigma_{n+1}^2 / sigma_n^2)
     (Davis and Kahan), e = `CONVERGED`. Musco and Musco, Randomized Block Krylov Methods (NeurIPS 2015).
     """
-    d, energy = len(residual), float(residual.square().sum())
+    d, energy = len(residual), float(residual.norm()) ** 2
     generator = torch.Generator().manual_seed(0)  # any start will do; always the same gives the same bits
     start = torch.randn(BLOCK, d, generator=generator, dtype=residual.dtype).to(residual.device)
     rows = torch.linalg.qr((start @ residual.T).T).Q.T  # (m, d), as all here: products of thin rows are the faster ones
@@ -200,7 +200,8 @@ def expand_basis(
     least = 0 if basis.shape[1] else 1
     squared = energy == "covariance"
     # C is positive semidefinite: its singular values sum to its trace
-    total = covariance.double().square().sum() if squared else covariance.double().trace()
+    norm = torch.linalg.vector_norm(covariance, dtype=torch.float64)
+    total = norm.square() if squared else covariance.double().trace()
 
     def enough(sigma: Tensor, rest: float) -> int | None:
         added = sigma.square() if squared else sigma
