@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import time
 import warnings
@@ -40,44 +41,45 @@ def main() -> None:
         for row in rows:
             print(as_line(row.to_dict()), flush=True)
         print(f"-- {group}: {time.perf_counter() - started:.0f} s", flush=True)
-        keep([dataclasses.replace(row, machine=here) for row in rows])
+        keep(group, [dataclasses.replace(row, machine=here) for row in rows])
 
 
-def keep(rows: list[Row], folder: Path = FOLDER) -> None:
-    """Put rows in the place of those of the same name and machine, or at the end, in results.json and README.md."""
-    path = folder / "results.json"
+def keep(group: str, rows: list[Row], folder: Path = FOLDER) -> None:
+    """Put a group's rows in the place of its earlier ones, in results.json and README.md.
+
+    Rows measured with a GPU and without one stand beside each other.
+    """
+
+    def place(row: dict[str, Any]) -> tuple[bool, int]:
+        return "gpu" in row["machine"], GROUPS.index(row["group"])
+
+    path, readme = folder / "results.json", folder / "README.md"
+    new = [{"group": group, **row.to_dict()} for row in rows]
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for new in map(Row.to_dict, rows):
-        same = [i for i, old in enumerate(found) if (old["name"], old["machine"]) == (new["name"], new["machine"])]
-        found[same[0] if same else len(found) :] = [new, *found[same[0] + 1 :]] if same else [new]
+    found = sorted([row for row in found if place(row) not in map(place, new)] + new, key=place)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    readme = folder / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     readme.write_text(before + BEGIN + tables(found) + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """A Markdown table per machine."""
-    text = ""
-    for named in [m for i, m in enumerate(r["machine"] for r in rows) if m not in [r["machine"] for r in rows[:i]]]:
-        text += "\n\n" + ", ".join(
-            f"{value} {key}" if key in ("cores", "threads") else str(value) for key, value in shown(named).items()
-        )
-        text += "\n\n| what | ratio | target | holds | measured |\n|---|---:|---|---|---|\n"
-        for row in rows:
-            if row["machine"] == named:
-                text += f"| {row['name']} | {row['ratio']:g} | {row['target']} | {holds(row)} | {row['detail']} |\n"
+    text = "\n"
+    for machine_text, of_machine in itertools.groupby(rows, lambda row: as_text(row["machine"])):
+        text += f"\n{machine_text}:\n\n| what | ratio | target | holds | measured |\n|---|---:|---|---|---|\n"
+        for row in of_machine:
+            holds = {True: "yes", False: "**no**", None: ""}[row["holds"]]
+            text += f"| {row['name']} | {row['ratio']:g} | {row['target']} | {holds} | {row['detail']} |\n"
     return text + "\n"
 
 
-def shown(named: dict[str, Any]) -> dict[str, Any]:
-    """A machine's entries with their units."""
-    return {**named, "ram_gib": f"{named['ram_gib']} GiB", "torch": f"torch {named['torch']}"}
-
-
-def holds(row: dict[str, Any]) -> str:
-    """yes, no, or nothing where nothing is asked."""
-    return {True: "yes", False: "**no**", None: ""}[row["holds"]]
+def as_text(named: dict[str, Any]) -> str:
+    """A machine in words."""
+    gpu = f"{named['gpu']}; " if "gpu" in named else ""
+    return (
+        f"{gpu}{named['cpu']}, {named['cores']} cores, {named['ram_gib']} GiB of RAM; torch {named['torch']} with "
+        f"{named['threads']} threads, {named['dtype']}"
+    )
 
 
 def as_line(row: dict[str, Any]) -> str:

@@ -48,8 +48,8 @@ def per_task() -> Row:
     begun, ended = (datetime.fromisoformat(flow[key]) for key in ("start_time", "end_time"))
     around = whole - (ended - begun).total_seconds()
     detail = (
-        f"{len(scores)} tasks in {whole:.1f} s: learning {learning:.1f} s, orchestration {whole - learning:.1f} s, of it "
-        f"{around:.1f} s before and after the flow"
+        f"{len(scores)} tasks in {whole:.1f} s: learning {learning:.1f} s, orchestration {whole - learning:.1f} s, "
+        f"of it {around:.1f} s before and after the flow"
     )
     return Row(
         "orchestration per task with a running server, seconds",
