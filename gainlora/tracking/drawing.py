@@ -88,3 +88,19 @@ def ink_legend(made: Any) -> None:
 def short(name: str, length: int = 26) -> str:
     """The name, cut to `length` characters for an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts that all begin or end with."""
+    parts = [name.split(".") for name in names]
+    start = end = 0
+    while len(names) > 1 and min(map(len, parts)) > start + 1 and len({row[start] for row in parts}) == 1:
+        start += 1
+    while len(names) > 1 and min(map(len, parts)) > start + end + 1 and len({row[-1 - end] for row in parts}) == 1:
+        end += 1
+    return [".".join(row[start : len(row) - end]) for row in parts]
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """ "50 and 576"."""
+    return " and ".join(map(str, numbers)) if len(numbers) < 3 else f"{numbers[0]} to {numbers[-1]}"

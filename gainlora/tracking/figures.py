@@ -10,9 +10,11 @@ from gainlora.tracking.drawing import (
     INK,
     WIDTH,
     axes_style,
-    ink_legend,
+    distinct,
     legend,
+    legend_below,
     line_style,
+    listed,
     new_figure,
     over_tasks,
     panel_title,
@@ -51,8 +53,8 @@ def gate_coefficients(tasks: Sequence[str], means: Mapping[str, Sequence[float]]
     return figure
 
 
-def coefficient_spread(tasks: Sequence[str], examples: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """Spread of the coefficients of single test examples: median, middle half, and 5 % to 95 %.
+def coefficient_violins(tasks: Sequence[str], examples: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Distribution of the coefficients of single test examples: a violin per branch, a panel per task that is asked.
 
     Args:
         tasks: all branches, in order.
@@ -67,12 +69,17 @@ def coefficient_spread(tasks: Sequence[str], examples: Mapping[str, Sequence[Seq
     figure = new_figure(columns * max(2.2, 0.9 + 0.28 * width), 0.6 + 1.9 * lines)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (task, rows) in zip(grid.flat, examples.items(), strict=False):
-        low, first, median, third, high = np.percentile(rows, (5, 25, 50, 75, 95), axis=0)  # (t,) each
-        branches = range(1, len(median) + 1)
-        own = [COLOURS[1] if tasks[branch - 1] == task else COLOURS[0] for branch in branches]
-        axes.vlines(branches, low, high, color=INK, linewidth=0.8)
-        axes.vlines(branches, first, third, color=own, linewidth=7)
-        axes.plot(branches, median, linestyle="", marker="_", markersize=9, color=INK)
+        columns_of = np.asarray(rows, dtype=float).T  # (t, examples)
+        branches = range(1, len(columns_of) + 1)
+        shapes = axes.violinplot(list(columns_of), branches, widths=0.85, showextrema=False)["bodies"]
+        for branch, shape in zip(branches, shapes, strict=True):
+            own = tasks[branch - 1] == task
+            shape.set(facecolor=COLOURS[1] if own else COLOURS[0], edgecolor=INK, linewidth=0.6, alpha=0.75)
+            shape.set_hatch("///" if own else None)
+        low, first, median, third, high = np.percentile(columns_of, (5, 25, 50, 75, 95), axis=1)  # (t,) each
+        axes.vlines(branches, low, high, color=INK, linewidth=0.7)
+        axes.vlines(branches, first, third, color=INK, linewidth=2.4)
+        axes.plot(branches, median, linestyle="", marker="_", markersize=11, markeredgewidth=1.6, color=INK)
         axes.set_xlim(0.4, width + 0.6)
         axes.set_xticks(range(1, width + 1, 1 if width <= 8 else 2))
         axes_style(axes, grid=True)
@@ -102,35 +109,86 @@ def accuracy_curves(tasks: Sequence[str], R: Rows) -> Figure:
     return figure
 
 
-def basis_growth(subspaces: Sequence[Mapping[str, Mapping[str, int]]]) -> Figure:
-    """Share of its input directions that each basis keeps, after each task.
+def basis_growth(steps: Sequence[str], subspaces: Sequence[Mapping[str, Mapping[str, int]]]) -> Figure:
+    """How full the memory is: of every basis a bar, its width the share of the input's d directions that it keeps, a
+    piece for what each task added.
 
     Args:
-        subspaces: one subspace.json per finished task; at least one has a basis.
+        steps: names of the finished tasks.
+        subspaces: their subspace.json; the last one has a basis.
     """
+    from matplotlib import colormaps
+
     last = subspaces[-1]
     panels = [name for name in ("gate", "layers") if last[name]]
-    figure = new_figure(WIDTH, 0.5 + 2.5 * len(panels))
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        steps = [t for t, s in enumerate(subspaces, start=1) if s[panel]]
-        shares = {
-            key: [100 * subspaces[t - 1][panel][key] / last[panel + "_width"][key] for t in steps]
-            for key in last[panel]
-        }
-        if panel == "gate":  # few: a line each
-            for index, (key, line) in enumerate(shares.items()):
-                sizes = f"{last['gate'][key]} of {last['gate_width'][key]}"
-                axes.plot(steps, line, label=f"input of layer {key}: {sizes}", **line_style(index))
-        else:  # dozens: their mean and range
-            points = list(zip(*shares.values(), strict=True))
-            axes.plot(steps, [sum(p) / len(p) for p in points], label=f"mean of {len(shares)} bases", **line_style(0))
-            low, high = [min(p) for p in points], [max(p) for p in points]
-            axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="smallest to largest")
-        panel_title(axes, "gate" if panel == "gate" else "adapted layers")
-        over_tasks(axes, len(subspaces))
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("% of width", color=INK)
-        ink_legend(axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8))
+    heights = [0.5 + min(8.0, max(0.17, 0.3 - 0.01 * len(last[panel])) * len(last[panel])) for panel in panels]
+    figure = new_figure(WIDTH, sum(heights) + 0.4 + 0.2 * -(-len(steps) // 3))
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    colours = [colormaps["cividis"](0.12 + 0.88 * t / len(steps)) for t in range(len(steps))]
+    pieces: list[Any] = []
+    fullest = 0.0
+    for axes, panel in zip(grid, panels, strict=True):
+        names, widths = list(last[panel]), last[panel + "_width"]
+        kept = [[100 * s[panel].get(name, 0) / widths[name] for name in names] for s in subspaces]  # (tasks, bases)
+        before = [0.0] * len(names)
+        pieces = []
+        for colour, after in zip(colours, kept, strict=True):
+            added = [b - a for a, b in zip(before, after, strict=True)]
+            pieces.append(
+                axes.barh(range(len(names)), added, left=before, color=colour, edgecolor=INK, linewidth=0.3, height=0.8)
+            )
+            before = after
+        every = -(-len(names) // 32)
+        labels = [f"layer {name}" for name in names] if panel == "gate" else distinct(names)
+        axes_style(axes, grid=True)
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(0, len(names), every), [short(label, 34) for label in labels[::every]])
+        axes.tick_params(axis="y", labelsize=6.5)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        for row in range(0, len(names), every):
+            axes.annotate(
+                f"{last[panel][names[row]]} of {widths[names[row]]}", (before[row], row), (4, 0), fontsize=6.5,
+                textcoords="offset points", va="center", color=INK,
+            )  # fmt: skip
+        fullest = max(fullest, *before)
+        sizes = sorted({widths[name] for name in names})
+        panel_title(axes, f"inputs of the {'gate' if panel == 'gate' else 'adapted layers'}, d = {listed(sizes)}")
+    grid[-1].set_xlim(0, min(100, 10 * (1 + 1.15 * fullest // 10)))
+    grid[-1].set_xlabel("% of d that the basis keeps (at 100 it is full)", color=INK)
+    for t, (piece, name) in enumerate(zip(pieces, steps, strict=True), start=1):
+        piece.set_label(f"{t} {short(name)}")
+    legend_below(figure, pieces, columns=3)
+    return figure
+
+
+def time_line(steps: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> Figure:
+    """What the time of learning went to: a row per task, a piece per phase, from left to right.
+
+    Args:
+        steps: names of the finished tasks.
+        seconds: of each, phase -> seconds of work.
+    """
+    phases = list(dict.fromkeys(phase for row in seconds for phase in row))
+    total = sum(sum(row.values()) for row in seconds)
+    unit, name = (3600, "hours") if total > 2 * 3600 else (60, "minutes") if total > 120 else (1, "seconds")
+    figure = new_figure(WIDTH, 1.2 + 0.26 * len(steps))
+    axes = figure.subplots()
+    at, made = 0.0, {}
+    for row, spent in enumerate(seconds):
+        for phase, length in spent.items():
+            look = phases.index(phase)
+            made[phase] = axes.barh(
+                row, length / unit, left=at / unit, color=COLOURS[(1, 0, 4, 2, 3)[look % 5]], edgecolor=INK,
+                linewidth=0.4, height=0.7, hatch=("", "", "///", "...", "xx")[look % 5], label=phase,
+            )  # fmt: skip
+            at += length
+    axes_style(axes, grid=True)
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks(range(len(steps)), [f"{t} {short(step)}" for t, step in enumerate(steps, start=1)])
+    axes.set_ylim(len(steps) - 0.4, -0.6)
+    axes.set_xlim(0, at / unit)
+    axes.set_xlabel(f"{name} of work", color=INK)
+    legend_below(figure, [made[phase] for phase in phases], columns=5)
     return figure
 
 

@@ -117,17 +117,22 @@ def run_figures(run: Run, decimals: int) -> dict[str, tuple[Figure, str]]:
         )
     examples = example_coefficients(last)
     if examples:
-        made["coefficient_spread"] = (
-            figures.coefficient_spread(run.tasks, examples),
-            "The same coefficients over single examples: a bar holds the middle half, its mark is the median, the thin "
-            "line goes from 5 % to 95 %. One panel per task that is asked; the task's own branch is orange.",
+        made["coefficient_violins"] = (
+            figures.coefficient_violins(run.tasks, examples),
+            "The same coefficients over single examples, one panel per task that is asked; the task's own branch is "
+            "hatched. The thick line holds the middle half, its mark is the median, the thin one goes from 5 % to "
+            "95 %.",
         )
     if last.subspace["gate"] or last.subspace["layers"]:
         made["basis_growth"] = (
-            figures.basis_growth([step.subspace for step in run.steps]),
-            "Directions of its input that each stored basis holds, as a share of all. New tasks learn in what is "
-            "left over; at 100 % nothing is.",
+            figures.basis_growth([step.task for step in run.steps], [step.subspace for step in run.steps]),
+            "How full the memory is: the share of its input's directions that each stored basis keeps, and which task "
+            "added how much. New tasks learn in what is left over; at 100 % nothing is.",
         )
+    made["time_line"] = (
+        figures.time_line([step.task for step in run.steps], [step.scores["seconds"] for step in run.steps]),
+        "Time line of the stream, pauses left out. Evaluation grows with the tasks seen; training should not.",
+    )
     return made
 
 
@@ -194,6 +199,8 @@ def _section(run: Run, group: Group, decimals: int) -> list[Block]:
     config = run.config
     skipped = f" Skipped, files missing: {', '.join(config['skipped'])}." if config["skipped"] else ""
     about = f"{run.run_id}: {_progress(run)}; {config['model']} in {config['dtype']} on {config['device']}."
+    later = [f"{entry['task']} ({entry['at'][:10]})" for entry in config.get("learned", [])]
+    skipped += f" Learned beyond the order: {', '.join(later)}." if later else ""
     title = f"{group.label} on {group.order}, seed {config['seed']}"
     blocks: list[Block] = [Heading(title, anchor=run.run_id), Note(about + skipped)]
     if run.steps:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gainlora.errors import GainLoRAError
 from gainlora.tracking import charts, drawing, figures
-from gainlora.tracking.folder import read_run
+from gainlora.tracking.folder import example_coefficients, read_run
 from gainlora.tracking.report import DETAILED, matrix_table, run_figures, write_report
 from tests.fake_run import TASKS, mean_coefficients, write_run
 
@@ -130,7 +130,7 @@ def test_page_needs_no_network(tmp_path: Path) -> None:
     assert not re.search(r"https?://|@import", source)
     assert "prefers-color-scheme: dark" in source and "@media print" in source
     assert drawing.INK not in source.split("</style>")[1]  # text in the page's own colour
-    assert page.tags.count("figure") == page.tags.count("figcaption") == 4 + 5 + 2
+    assert page.tags.count("figure") == page.tags.count("figcaption") == 4 + 6 + 3
 
 
 def test_links_and_ids_of_the_page_match(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_tasks_learned_at_once_have_one_row_and_no_sequence(tmp_path: Path) -> N
     assert run.complete and run.at_once
     assert run.R == [[None] * 3, [None] * 3, [80.0, 90.0, 70.0]]
     assert (run.result["AP"], run.result["FT"], run.result["BWT"]) == (80.0, None, None)
-    assert set(run_figures(run, 1)) == {"accuracy_matrix"}
+    assert set(run_figures(run, 1)) == {"accuracy_matrix", "time_line"}
     page = parsed(report([folder, write_run(tmp_path, R, tasks=THREE)], tmp_path / "report"))
     assert "1 all_tasks" in page.text
     assert rows(printed(matrix_table([run.result, run.result], 1)), "embedded")[0][-4:] == ["3/3", "80.0", "-", "-"]
@@ -268,13 +268,31 @@ def test_gate_figures_hold_the_coefficients(tmp_path: Path) -> None:
     made = run_figures(run, 1)
     cells = made["gate_coefficients"][0].axes[0].collections[0].get_array()
     assert cells.tolist() == [mean_coefficients(3, i) for i in (1, 2, 3)]
-    panels = made["coefficient_spread"][0].axes
+    panels = made["coefficient_violins"][0].axes
     assert [axes.get_title() for axes in panels] == ["1 movie_sentiment", "2 news_topic", "3 text_source"]
+    highest = [shape.get_paths()[0].vertices[:, 1].max() for shape in panels[0].collections[:3]]
+    rows = example_coefficients(run.steps[-1])[THREE[0]]
+    assert highest == pytest.approx([max(row[branch] for row in rows) for branch in range(3)])
     gate, layers = made["basis_growth"][0].axes
-    assert list(gate.lines[0].get_ydata()) == pytest.approx([100 * k / 576 for k in (5, 8, 11)])
-    assert list(layers.lines[0].get_ydata()) == pytest.approx([100 * (5 * t + 14.5) / 576 for t in (1, 2, 3)])
+    assert [bar.patches[0].get_width() for bar in gate.containers] == pytest.approx([100 * k / 576 for k in (5, 3, 3)])
+    ends = [bar.patches[29].get_x() + bar.patches[29].get_width() for bar in layers.containers]
+    assert ends == pytest.approx([100 * (5 * t + 29) / 576 for t in (1, 2, 3)])
+    assert [text.get_text() for text in gate.texts] == ["11 of 576", "13 of 50", "15 of 576"]
+
+
+def test_time_line_holds_the_phases_one_after_another(tmp_path: Path) -> None:
+    (axes,) = run_figures(read_run(write_run(tmp_path, R, tasks=THREE)), 1)["time_line"][0].axes
+    starts = sorted(bar.patches[0].get_x() for bar in axes.containers)
+    assert starts == pytest.approx([at + phase for at in (0, 10, 20) for phase in (0, 1, 7, 7.5)])
+    assert axes.get_xlim()[1] == pytest.approx(30) and axes.get_xlabel() == "seconds of work"
+
+
+def test_names_are_told_apart_by_what_differs() -> None:
+    assert drawing.distinct(["model.layers.0.attn.q", "model.layers.1.attn.q"]) == ["0", "1"]
+    assert drawing.distinct(["encoder.0.q", "decoder.0.q"]) == ["encoder", "decoder"]
+    assert drawing.distinct(["a.q"]) == ["a.q"] and drawing.distinct(["a", "a.b"]) == ["a", "a.b"]
 
 
 def test_ungated_run_has_no_gate_figures(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, R, "seqlora", tasks=THREE))
-    assert set(run_figures(run, 1)) == {"accuracy_matrix", "accuracy_curves"}
+    assert set(run_figures(run, 1)) == {"accuracy_matrix", "accuracy_curves", "time_line"}
