@@ -39,6 +39,10 @@ def within(what: str) -> Iterator[None]:
         raise GainLoRAError(f"{what}: {error}") from None
 
 
+class Busy(GainLoRAError):
+    """Another process works there; it passes by itself."""
+
+
 def not_written(path: Path, error: Exception) -> GainLoRAError:
     """What to raise when a file of a run could not be written: disk full, read-only folder."""
     reason = getattr(error, "strerror", None) or str(error)

@@ -88,9 +88,8 @@ def read_task(folder: Path, template: str, metric: str) -> Task:
     for name in FILES:
         content = read_bytes(folder / name, "a task folder holds train.json and test.json", REMEDY)
         digest.update(hashlib.sha256(content).digest())
-        raw = _parse(content, folder / name)
-        definitions.append(_definition(raw, folder / name))
-        examples, left_out = _examples(raw, folder / name, allow_blank=name == "train.json")
+        definition, examples, left_out = parse_split(content, folder / name, allow_blank=name == "train.json")
+        definitions.append(definition)
         splits.append(examples)
         blank += left_out
     if definitions[0] != definitions[1]:
@@ -99,11 +98,26 @@ def read_task(folder: Path, template: str, metric: str) -> Task:
     return Task(folder.name, template, metric, definitions[0], tuple(train), tuple(test), digest.hexdigest(), blank)
 
 
-def load_order(order: OrderConfig, data: DataConfig, root: Path = Path(".")) -> tuple[list[Task], list[str]]:
+def parse_split(content: bytes, path: Path, allow_blank: bool = False) -> tuple[str, list[Example], int]:
+    """One file's definition and examples, and how many were left out as blank (`allow_blank`; refused otherwise).
+
+    Raises:
+        GainLoRAError: the content is not in the format.
+    """
+    raw = _parse(content, path)
+    return _definition(raw, path), *_examples(raw, path, allow_blank)
+
+
+def load_order(
+    order: OrderConfig, data: DataConfig, root: Path = Path("."), own: Path | None = None
+) -> tuple[list[Task], list[str]]:
     """Read the tasks of an order, in its sequence, with `data.train_limit` and `data.test_limit` applied.
 
     A limit takes a random subset that depends on the task's name and the split alone, in file order, and a
     smaller limit's subset lies inside a larger one's: every seed and method sees the same examples.
+
+    Args:
+        own: folder of tasks that a run learned beyond the order's; one that is there is read from there.
 
     Returns:
         The tasks, and the names of those skipped (only with `data.skip_incomplete`).
@@ -112,10 +126,11 @@ def load_order(order: OrderConfig, data: DataConfig, root: Path = Path(".")) -> 
         GainLoRAError: the order's folder or some task's files are missing, or a file is invalid.
     """
     base = root / order.data
-    if not base.is_dir():
+    places = {name: own / name if own and (own / name).is_dir() else base / name for name in order.tasks}
+    if not base.is_dir() and any(place.parent == base for place in places.values()):
         raise GainLoRAError(f"orders.{order.name}.data: {order.data}: no such folder; {_remedy(order.data)}.")
     missing = {
-        name: absent for name in order.tasks if (absent := [f for f in FILES if not (base / name / f).is_file()])
+        name: absent for name, place in places.items() if (absent := [f for f in FILES if not (place / f).is_file()])
     }
     if missing and not data.skip_incomplete:
         listing = "; ".join(f"{name} lacks {' and '.join(absent)}" for name, absent in missing.items())
@@ -126,7 +141,7 @@ def load_order(order: OrderConfig, data: DataConfig, root: Path = Path(".")) -> 
     complete = [name for name in order.tasks if name not in missing]
     if not complete:
         raise GainLoRAError(f"orders.{order.name}: no complete task in {order.data}; {_remedy(order.data)}.")
-    tasks = [_limit(read_task(base / name, order.template, order.metric), data) for name in complete]
+    tasks = [limited(read_task(places[name], order.template, order.metric), data) for name in complete]
     return tasks, list(missing)
 
 
@@ -139,7 +154,8 @@ def _remedy(folder: str) -> str:
     return "put one folder per task there, each with train.json and test.json"
 
 
-def _limit(task: Task, data: DataConfig) -> Task:
+def limited(task: Task, data: DataConfig) -> Task:
+    """The task with `data.train_limit` and `data.test_limit` applied."""
     return replace(
         task,
         train=_subset(task.train, data.train_limit, f"{task.name}/train"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from gainlora.config import from_dict
 from gainlora.learning.files import read_json
-from gainlora.learning.run_folder import describe, make_run
+from gainlora.learning.run_folder import OWN, describe, make_run
 from gainlora.learning.stream import Stream
 
 STATE = ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors", "rule.safetensors")
@@ -22,7 +22,7 @@ def differences(folder: Path) -> list[str]:
     """
     keys = ("config", "code", "dtype", "device", "tasks", "versions")
     then, then_data = read_json(folder / "config.json", *keys), read_json(folder / "data.json")
-    now, now_data = describe(from_dict(then["config"]), folder.resolve().parent.parent)
+    now, now_data = describe(from_dict(then["config"]), folder.resolve().parent.parent, folder / OWN)
     pairs = {key: (then[key], now[key]) for key in ("code", "dtype", "device", "tasks")}
     pairs |= {name: (version, now["versions"].get(name)) for name, version in then["versions"].items()}
     pairs |= {name: (entry["sha256"], now_data.get(name, {}).get("sha256")) for name, entry in then_data.items()}
@@ -40,7 +40,7 @@ def rerun(folder: Path) -> tuple[Path, list[str]]:
     """
     folder = folder.resolve()
     config = from_dict(read_json(folder / "config.json", "config")["config"])
-    stream = Stream.open(make_run(config, folder.parent.parent, f"{folder.name}.rerun"))
+    stream = Stream.open(make_run(config, folder.parent.parent, f"{folder.name}.rerun", folder / OWN))
     for t in range(1, len(stream.steps) + 1):
         stream.finish(t)
     stream.result()

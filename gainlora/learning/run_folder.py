@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from datetime import datetime
 from importlib.metadata import version
@@ -14,15 +15,19 @@ from typing import IO, Any
 
 from gainlora.config import Config
 from gainlora.data.sources import dvc_hash, resolve_model
-from gainlora.data.tasks import load_order
-from gainlora.errors import GainLoRAError
-from gainlora.learning.files import write_json
+from gainlora.data.tasks import Task, load_order
+from gainlora.errors import Busy, GainLoRAError
+from gainlora.learning.files import read_json, write_json
 from gainlora.model.base import pick_device, pick_dtype
 
 LEARNING_CODE = ("config.py", "plain.py", "reading.py", "distributed.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
 ALL_TASKS = "all_tasks"
 """Name of the only step of a method that learns all tasks at once."""
+NEXT = "next.json"
+"""In a run that is about to know one task more or less (`gainlora.learning.grow`): its config.json to be."""
+OWN = "data"
+"""Folder of the tasks that a run learned beyond its order's."""
 PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
 
 
@@ -35,24 +40,18 @@ def run_folder(config: Config, root: Path = Path(".")) -> Path:
     return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
 
 
-def describe(config: Config, root: Path = Path(".")) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe(config: Config, root: Path = Path("."), own: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What config.json (but for its run_id) and data.json say of a run that is made here and now.
+
+    Args:
+        own: folder of tasks that are not among the order's (`load_order`).
 
     Raises:
         GainLoRAError: data are not there.
     """
-    tasks, skipped = load_order(config.order, config.data, root)
-    data = {
-        task.name: {
-            "path": f"{config.order.data}/{task.name}",
-            "dvc": dvc_hash(Path(config.order.data) / task.name, root),
-            "sha256": task.sha256,
-            "definition": task.definition,
-            "train": len(task.train),
-            "test": len(task.test),
-        }
-        for task in tasks
-    }
+    tasks, skipped = load_order(config.order, config.data, root, own)
+    place = config.order.data
+    data = {t.name: data_entry(t, f"{place}/{t.name}", dvc_hash(Path(place) / t.name, root)) for t in tasks}
     described = {
         "order": config.order.name,
         "method": config.method,
@@ -63,45 +62,77 @@ def describe(config: Config, root: Path = Path(".")) -> tuple[dict[str, Any], di
         "skipped": skipped,
         "config": config.to_dict(),
         "dtype": _dtype(config),
-        "device": pick_device().type,
-        "code": code_digest(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **environment(),
     }
     return described, data
 
 
-def make_run(config: Config, root: Path = Path("."), name: str | None = None) -> Path:
+def data_entry(task: Task, path: str, dvc: str | None) -> dict[str, Any]:
+    """What data.json says of a task."""
+    counts = {"train": len(task.train), "test": len(task.test)}
+    return {"path": path, "dvc": dvc, "sha256": task.sha256, "definition": task.definition, **counts}
+
+
+def environment() -> dict[str, Any]:
+    """What learns here and now, as config.json names it."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"device": pick_device().type, "code": code_digest(), "versions": versions}
+
+
+def make_run(config: Config, root: Path = Path("."), name: str | None = None, own: Path | None = None) -> Path:
     """Make the run folder with config.json and data.json, or find it again.
 
     Args:
         name: of the folder under runs/; None: `run_folder`'s.
+        own: folder of tasks that are not among the order's; copied.
 
     Raises:
-        GainLoRAError: data or model are not there.
+        GainLoRAError: data or model are not there, or the run has learned or forgotten tasks since it was made.
     """
     resolve_model(config.model.location, root)
     folder = root.resolve() / "runs" / name if name else run_folder(config, root)
     if (folder / "config.json").exists():
+        _check_unchanged(folder, config)
         return folder
-    described, data = describe(config, root)
+    described, data = describe(config, root, own)
     folder.mkdir(parents=True, exist_ok=True)
+    if own and own.is_dir():
+        shutil.copytree(own, folder / OWN, dirs_exist_ok=True)
     write_json(folder / "data.json", data)
     write_json(folder / "config.json", {"run_id": folder.name, **described})  # last: with it the folder is a run
     return folder
+
+
+def _check_unchanged(folder: Path, config: Config) -> None:
+    """Refuse a run whose tasks are not those of `config` any more: its results would pass for the order's."""
+    where = f"runs/{folder.name}"
+    other = "or set it aside (rename the folder), or choose another seed"
+    if (folder / NEXT).exists():
+        raise GainLoRAError(
+            f"{where}: is about to know other tasks than its order's; give the same `gainlora learn` or `gainlora "
+            f"forget` again to finish that, {other}."
+        )
+    described = read_json(folder / "config.json", "config", "tasks")
+    if described["config"] != config.to_dict():
+        there = ", ".join(described["tasks"])
+        raise GainLoRAError(
+            f"{where}: has learned or forgotten tasks since it was made, it knows {there}; `gainlora forget {where} "
+            f"--last` and `gainlora learn {where} --task TASK` lead back, {other}."
+        )
 
 
 def hold(folder: Path, what: str = "this run") -> IO[str]:
     """Hold a run for this process: two would mix their work. The lock ends with the process, however it ends.
 
     Raises:
-        GainLoRAError: another process holds it; the message says which one, where and since when.
+        Busy: another process holds it; the message says which one, where and since when.
     """
     handle = (folder / ".lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.seek(0)
-        raise GainLoRAError(
+        raise Busy(
             f"{folder.name}: {what} is in progress already ({handle.read().strip() or 'just started'}); wait for "
             "it, or stop it and give the same command again: it continues where it stopped."
         ) from None

@@ -2,7 +2,8 @@
 
     runs/<order>-<method>-<model>-<seed>-<digest>/
       config.json, data.json       what is learned, from which data (hashes), by which code and versions
-      task_01_<name>/              adapter, gate and bases after that task, predictions, scores, checksums
+      task_01_<name>/              adapter, gate and bases after that task, predictions, scores, checksums; test
+                                   examples, so that later steps need no data of earlier tasks
       .task_02_<name>.partial/     the task being learned
       result.json                  R, AP, FT, BWT when all tasks are learned
 
@@ -20,21 +21,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from gainlora import distributed
 from gainlora.config import Config, from_dict
-from gainlora.data.batches import tokenize
 from gainlora.data.sources import resolve_model
-from gainlora.data.tasks import Task, load_order
 from gainlora.errors import GainLoRAError, within
 from gainlora.learning.checkpoint import PROGRESS, Checkpoints, latest, restore_branch
 from gainlora.learning.evaluate import Prediction, coefficient_statistics, evaluate_task
 from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import summary
-from gainlora.learning.run_folder import hold, make_run
+from gainlora.learning.run_data import RunData
+from gainlora.learning.run_folder import NEXT, hold, make_run
 from gainlora.learning.steps import Examples, basis_sizes, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
 from gainlora.model.base import check_positions, load_base, place
@@ -46,7 +46,14 @@ class Stream:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder.parent.parent
-        described = read_json(folder / "config.json", "run_id", "config", "tasks", "steps", "skipped", "dtype")
+        read_json(folder / "config.json")
+        self._lock = None if distributed.index() else hold(folder)
+        self.read()
+
+    def read(self) -> None:
+        """Read the run's description, now or as it is about to be (`gainlora.learning.grow`)."""
+        file = self.folder / (NEXT if (self.folder / NEXT).exists() else "config.json")
+        described = read_json(file, "run_id", "config", "tasks", "steps", "skipped", "dtype")
         self.run_id: str = described["run_id"]
         self.config: Config = from_dict(described["config"])
         self.tasks: list[str] = described["tasks"]
@@ -54,10 +61,12 @@ class Stream:
         self.skipped: list[str] = described["skipped"]
         self.dtype: torch.dtype = getattr(torch, described["dtype"])
         self.horizon = self.config.subspace.horizon or len(self.tasks)
-        self._lock = None if distributed.index() else hold(folder)
+        recorded = read_json(self.folder / "data.json", *self.tasks)
+        self.recorded = {name: recorded[name] for name in self.tasks}
         self._loaded: tuple[GainLoRAModel, Any] | None = None
         self._holds = -1  # tasks that the model in memory has learned; -1: in the middle of one
         self._seconds: dict[str, float] = {}
+        self.__dict__.pop("data", None)
 
     @staticmethod
     def create(config: Config, root: Path = Path("."), alone: bool = True) -> Stream:
@@ -204,6 +213,8 @@ class Stream:
         for name, answers in predictions.items():
             write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in answers])
         scores = {name: sum(p.score for p in answers) / len(answers) for name, answers in predictions.items()}
+        for name in self.learned_at(t):
+            self.data.keep(name, partial, *self._model())
         R = [*self.accuracy_matrix(t - 1), list(scores.values())]
         learned = read_json(partial / "learned.json")
         learned["seconds"]["evaluate"] = time.perf_counter() - started
@@ -304,30 +315,14 @@ class Stream:
         return self._loaded
 
     @cached_property
-    def _data(self) -> dict[str, Task]:
-        recorded = read_json(self.folder / "data.json")
-        tasks = load_order(self.config.order, self.config.data, self.root)[0]
-        for task in tasks:
-            if task.sha256 != recorded[task.name]["sha256"]:
-                raise GainLoRAError(
-                    f"{recorded[task.name]['path']}: changed since this run began; start the order again for a new run."
-                )
-        return {task.name: task for task in tasks}
-
-    def _rows(self, name: str, split: str) -> Any:
-        """One task's tokenized examples."""
-        model, tokenizer = self._model()
-        cache_folder = self.root / ".cache" / "tokenized"
-        return tokenize(
-            self._data[name], cast(Any, split), tokenizer, self.config.data, model.encoder_decoder, cache_folder
-        )
+    def data(self) -> RunData:
+        """The tasks' examples; GainLoRAError where they are not there or changed."""
+        finished = {name: self.task_folder(t) for t in range(1, self.finished + 1) for name in self.learned_at(t)}
+        return RunData(self.folder, self.root, self.config, self.recorded, finished)
 
     def _training(self, t: int) -> Any:
         """The examples that step t trains on."""
-        from datasets import concatenate_datasets
-
-        parts = [self._rows(name, "train") for name in self.learned_at(t)]
-        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        return self.data.training(self.learned_at(t), *self._model())
 
     def _examples(self, t: int) -> Examples:
         model, tokenizer = self._model()
@@ -337,12 +332,8 @@ class Stream:
         """Answers on a task's test examples after step t."""
         model, tokenizer = self._model_after(t)
         model.task = self.tasks.index(name)
-        longest = self.config.data.max_target_tokens
-        if self.config.order.metric == "exact_match":  # answers are labels: none is longer than in training
-            longest = max(len(ids) for ids in self._rows(name, "train")["target_ids"])
-        return evaluate_task(
-            model, tokenizer, self._rows(name, "test"), self.config.order.metric, longest, self.config, name
-        )
+        rows, room = self.data.rows(name, "test", *self._model()), self.data.room(name, *self._model())
+        return evaluate_task(model, tokenizer, rows, self.config.order.metric, room, self.config, name)
 
 
 @cache

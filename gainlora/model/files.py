@@ -120,6 +120,10 @@ def find_adapter(place: str | Path) -> Path:
     if (folder / CONFIG).exists():
         return folder
     tasks = [path for path in folder.glob("task_*_*") if (path / CONFIG).exists()]
+    if tasks and (folder / "config.json").exists():  # a task that the run is about to learn or to forget is none of it
+        described = read_json(folder / "config.json", "restore the run", "restore the run's folder from a copy")
+        known = described.get("steps") or described.get("tasks") or [] if isinstance(described, dict) else []
+        tasks = [path for path in tasks if int(path.name.split("_")[1]) <= len(known)]
     if tasks:
         return max(tasks, key=lambda path: int(path.name.split("_")[1]))
     if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)) and not folder.parent.is_dir():
