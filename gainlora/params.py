@@ -62,7 +62,20 @@ class ReportConfig:
                 raise GainLoRAError(f"report.{option}: {value} is out of range; give {least} to {most}.")
 
 
-SIDE_SECTIONS: dict[str, type] = {"launch": LaunchConfig, "tracking": TrackingConfig, "report": ReportConfig}
+@dataclass(frozen=True)
+class PromoteConfig:
+    """Which finished run becomes its order's champion in the model registry; decides nothing about what is learned."""
+
+    max_forgetting: float | None = 5.0
+    """FT above which none does; null: any."""
+
+
+SIDE_SECTIONS: dict[str, type] = {
+    "launch": LaunchConfig,
+    "tracking": TrackingConfig,
+    "report": ReportConfig,
+    "promote": PromoteConfig,
+}
 """Sections of params.yaml that no run depends on. `launch` may be overridden for a run, too."""
 TEMPLATES = ("superni", "long_sequence")
 """Prompt templates: a model may have values for orders of one of them."""
@@ -151,7 +164,7 @@ def _lay(values: dict[str, Any], layer: Mapping[str, Any], source: str, params: 
 def side_section(
     name: str, params: str | Path = "params.yaml", overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Section `launch`, `tracking` or `report`, checked and complete.
+    """One of `SIDE_SECTIONS`, checked and complete.
 
     Args:
         overrides: dotted name -> value, of which those of `launch` are laid over that section.

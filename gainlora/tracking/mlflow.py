@@ -16,6 +16,7 @@ the same points with the same timestamps, which the store keeps once. `mlflow_ru
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 KEY, DONE, PARENT = "gainlora.key", "gainlora.done", "mlflow.parentRunId"
+FORGOT = "gainlora.forgot"
+"""Tag of a run that was set aside, as its folder forgot a task."""
 POINTS = 1000
 """Points of a loss curve that are logged; longer ones are thinned, train.jsonl (an artifact) has all."""
 PARAM_LENGTH = 6000  # MLflow's limit
@@ -61,7 +64,9 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
         run_id: str = parent.info.run_id
         if parent.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
-        _log(client, run_id, params=options(run.config["config"]), tags=_tags(run))  # two at once would collide
+        # a run that learned a task since keeps its first params: MLflow lets none change
+        params = {k: v for k, v in options(run.config["config"]).items() if k not in parent.data.params}
+        _log(client, run_id, params=params, tags=_tags(run))  # two at once would collide
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
     for name in ("config.json", "data.json"):
         client.log_artifact(run_id, str(folder / name))
@@ -96,6 +101,9 @@ def record_task(
         child = _find(client, experiment, key)
         if child is not None and DONE in child.data.tags:
             if child.data.tags[DONE] == _digest(content):
+                if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
+                    _log(client, parent_run_id, metrics=_outcome(run, step, ended))
+                    client.set_tag(child.info.run_id, PARENT, parent_run_id)
                 return str(child.info.run_id)
             client.delete_run(child.info.run_id)  # the task was learned again, with another outcome
             child = None
@@ -143,8 +151,12 @@ def finish(
     digest = _digest(json.dumps(run.result, sort_keys=True))
     if parent.data.tags.get(DONE) != digest:
         client.log_artifact(parent_run_id, str(folder / "result.json"))
-        if not any(file.path == "R.json" for file in client.list_artifacts(parent_run_id)):  # it would append
-            client.log_table(parent_run_id, _table(run), "R.json")
+        rows = _table(run)
+        if any(file.path == "R.json" for file in client.list_artifacts(parent_run_id)):  # log_table would append
+            whole = {"columns": list(rows), "data": [list(row) for row in zip(*rows.values(), strict=True)]}
+            client.log_dict(parent_run_id, whole, "R.json")
+        else:
+            client.log_table(parent_run_id, rows, "R.json")
         from gainlora.tracking.report import run_figures
 
         for name, (figure, _) in run_figures(run, report["decimals"]).items():
@@ -153,6 +165,37 @@ def finish(
         client.set_terminated(parent_run_id, "FINISHED")
     else:
         client.set_terminated(parent_run_id, "FINISHED", end_time=parent.info.end_time)
+
+
+def record_run(folder: Path, tracking: dict[str, Any], report: dict[str, Any], root: Path = Path(".")) -> str:
+    """All of a finished run that is not there yet: `start`, `record_task` for every task, `finish`; its run id."""
+    parent = start(folder, tracking, root)
+    for step in read_run(folder).steps:
+        assert step.folder is not None
+        record_task(folder, step.folder, parent, tracking, root)
+    finish(folder, parent, tracking, report, root)
+    return parent
+
+
+def retire(folder: Path, task_folder: str, task: str, tracking: dict[str, Any], root: Path = Path(".")) -> None:
+    """Set aside the parent run, and the newest task's run, of a run folder that is to forget this task.
+
+    What a metric was at a step cannot be taken back, so `record_run` makes the parent anew from the folder. The old one
+    says what was forgotten, and keeps what the model registry has of it.
+
+    Args:
+        folder: runs/<run_id>.
+        task_folder, task: the newest task's folder in it, and its name.
+        tracking: params.yaml's section: experiment, uri.
+        root: the project's folder.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with store(tracking, root) as (client, experiment):
+        for key in (f"{folder.name}/{task_folder}", folder.name):
+            if found := _find(client, experiment, key):
+                client.update_run(found.info.run_id, name=f"{found.info.run_name} (forgot {task}, {now})")
+                client.set_tag(found.info.run_id, FORGOT, task)
+                client.set_tag(found.info.run_id, KEY, f"{key}@{now}")
 
 
 def fail(
@@ -198,6 +241,8 @@ def _tags(run: Run) -> dict[str, Any]:
     names = ("method", "order", "model", "seed", "dtype", "device", "code")
     tags = {name: run.config[name] for name in names}
     tags |= {f"version.{name}": version for name, version in run.config["versions"].items()}
+    learned = [entry["task"] for entry in run.config.get("learned", [])]
+    tags |= {"learned later": ", ".join(learned)} if learned else {}
     return tags | {"tasks": len(run.tasks), "skipped": ", ".join(run.config["skipped"]) or "none"}
 
 

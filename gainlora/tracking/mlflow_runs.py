@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gainlora.errors import GainLoRAError
 from gainlora.tracking.folder import Run, read_run
-from gainlora.tracking.mlflow import DONE, KEY, PARENT
+from gainlora.tracking.mlflow import DONE, FORGOT, KEY, PARENT
 from gainlora.tracking.store import store, tracking_uri
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def tracked_runs(tracking: dict[str, Any], root: Path = Path(".")) -> Iterator[l
     for run in found:
         if PARENT in run.data.tags and DONE in run.data.tags:
             children.setdefault(run.data.tags[PARENT], []).append(run)
-    parents = [run for run in found if PARENT not in run.data.tags and run.data.tags.get(KEY, REPORT) != REPORT]
+    parents = [run for run in found if not {PARENT, FORGOT} & {*run.data.tags}]
+    parents = [run for run in parents if run.data.tags.get(KEY, REPORT) != REPORT]
     with tempfile.TemporaryDirectory(prefix="gainlora-report-") as folder:
         runs = []
         for parent in sorted(parents, key=lambda run: run.data.tags[KEY]):

@@ -115,12 +115,13 @@ def save_model(learned: Learned, folder: Path) -> None:
     ]
     base = learned.base()
     settings: dict[str, Any] = {"base": base, "base_digest": base_digest(base)}
-    with tempfile.TemporaryDirectory(prefix="gainlora-model-") as adapter:
-        write_release(learned, Path(adapter))
+    with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
+        adapter = Path(scratch) / "adapter"  # its name in the version, too
+        write_release(learned, adapter)
         mlflow.pyfunc.save_model(
             str(folder),
             python_model=str(Path(__file__).with_name("served_model.py")),  # as code: nothing is pickled
-            artifacts={"adapter": adapter},
+            artifacts={"adapter": str(adapter)},
             model_config=settings,
             signature=signature(learned),
             input_example=pandas.DataFrame({"text": prompts or ["Some text.\nOutput: "]}),

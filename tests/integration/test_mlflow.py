@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,14 @@ def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path:
     assert table["data"][1] == ["news_topic", 81.0, 88.0, None, 84.5, 3.0, -3.0]
     assert len(table["data"]) == len(THREE)  # log_table appends; a second finish does not
     assert {"config.json", "data.json", "result.json"} <= artifacts(client, parent)
-    names = ("accuracy_matrix", "accuracy_curves", "gate_coefficients", "coefficient_spread", "basis_growth")
+    names = (
+        "accuracy_matrix",
+        "accuracy_curves",
+        "gate_coefficients",
+        "coefficient_violins",
+        "basis_growth",
+        "time_line",
+    )
     assert artifacts(client, parent, "figures") == {f"figures/{name}.png" for name in names}
 
 
@@ -275,3 +283,36 @@ def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: P
     with pytest.raises(GainLoRAError, match="is not there, so there are no runs"), tracked_runs(TRACKING, tmp_path):
         pass
     assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_run_that_learned_one_more_task_grows_and_is_set_aside_when_it_forgets(client: Any, root: Path) -> None:
+    before = write_run(root, R[:2], seed=5, tasks=THREE[:2])
+    parent = log_all(before, root)
+    folder = write_run(root, R, seed=6, tasks=THREE)  # the same run, one task later
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"run_id": before.name, "learned": [{"task": THREE[2]}]}
+    config["config"]["subspace"]["horizon"] = 2
+    shutil.rmtree(before)
+    folder = folder.rename(before)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert log_all(folder, root) == parent
+    assert history(client, parent, "AP") == [(1, 84.0), (2, 84.5), (3, 80.0)]
+    data = client.get_run(parent).data
+    assert (data.params["subspace.horizon"], data.tags["learned later"], data.tags["tasks"]) == ("None", THREE[2], "3")
+    table = json.loads(Path(client.download_artifacts(parent, "R.json")).read_text())
+    assert [row[0] for row in table["data"]] == list(THREE) and table["columns"][1:4] == list(THREE)
+
+    tracked.retire(folder, "task_03_text_source", "text_source", TRACKING, root)
+    assert runs(client, folder, children=False) == []
+    assert [run.info.run_name.partition(" ")[2][:18] for run in runs(client, folder, True)] == [
+        "",
+        "",
+        "(forgot text_sourc",
+    ]
+    again = tracked.record_run(folder, TRACKING, REPORT, root)
+    assert again != parent and history(client, again, "AP") == history(client, parent, "AP")
+    children = [run.data.tags["mlflow.parentRunId"] for run in runs(client, folder, children=True)]
+    assert sorted(children) == sorted([again] * 3 + [parent])
+    assert client.get_run(parent).info.run_name.startswith(f"{folder.name} (forgot text_source, ")
+    with tracked_runs(TRACKING, root) as found:
+        assert [run.run_id for run in found].count(folder.name) == 1
