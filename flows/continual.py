@@ -120,6 +120,8 @@ def learn(order: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if kept or not taken(conclude(folder, tracked_run, return_state=True)):
             where = f"runs/{Path(folder).name}"
             get_run_logger().warning(f"MLflow does not answer: records stay in {where}, the same command delivers them")
+        else:
+            promote(folder)
     if order in order_names() and config == load_config(order):  # only what params.yaml says is DVC's business
         publish(order, folder)
     return folder, result
@@ -201,6 +203,22 @@ def conclude(folder: str, tracked_run: str) -> None:
     mlflow.finish(Path(folder), tracked_run, section("tracking"), section("report"), Path("."))
 
 
+@task(task_run_name="promote")
+def promote(folder: str) -> None:
+    """Let the run be its order's champion in MLflow's model registry, if it is no worse; an artifact says why."""
+    from gainlora.tracking.promotion import promote
+    from gainlora.tracking.store import tracking_uri
+
+    try:
+        uri = tracking_uri(Path("."), section("tracking")["uri"])
+        decision = promote(Path(folder), uri, section("promote")["max_forgetting"])
+    except Exception as error:  # what is learned and recorded stands without it
+        get_run_logger().warning(f"not promoted: {error}")
+        return
+    show_table(decision.markdown(section("report")["decimals"]), artifact_key("promotion", folder), decision.reason)
+    get_run_logger().info(decision.reason)
+
+
 @task(task_run_name="publish {order}")
 def publish(order: str, folder: str) -> None:
     """metrics/<order>.json and adapters/<order>/, and outside `dvc repro` DVC's record of them."""
@@ -229,7 +247,7 @@ def stream(folder: str) -> Any:
 
 
 def section(name: str) -> dict[str, Any]:
-    """params.yaml's `tracking` or `report`, which decide nothing about what is learned."""
+    """params.yaml's `tracking`, `report` or `promote`, which decide nothing about what is learned."""
     return side_section(name)
 
 

@@ -10,13 +10,16 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 from gainlora.errors import told
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask to stop. The supervisor starts this process with them blocked: none comes before it is ready."""
-HEAVY = {"continual": ("gainlora.learning.stream", "accelerate", "datasets", "mlflow", "transformers")}
+HEAVY = dict.fromkeys(
+    ("continual", "learn"), ("gainlora.learning.stream", "accelerate", "datasets", "mlflow", "transformers")
+)
 """What a flow takes seconds to import: while it does, a signal ends the process, for an exception would leave half."""
 
 
@@ -42,10 +45,10 @@ def _run_flow(name: str, parameters: dict[str, Any]) -> int:
     from flows.show import show
 
     module = sys.modules[f"flows.{name}"]
-    _print_lines_of(str(module.__file__))
+    _print_own_lines()
     state = getattr(module, name)(**parameters, return_state=True)
     if state.is_completed():
-        if name == "continual" and "DVC_STAGE" not in os.environ:
+        if name in ("continual", "learn") and "DVC_STAGE" not in os.environ:
             show(state.result())
         return 0
     error = state.result(raise_on_failure=False)
@@ -56,13 +59,13 @@ def _run_flow(name: str, parameters: dict[str, Any]) -> int:
     return 1
 
 
-def _print_lines_of(file: str) -> None:
-    """What the flow in `file` logs, plainly, on stdout; Prefect's console handler is kept quiet by the supervisor."""
+def _print_own_lines() -> None:
+    """What this folder's modules log, plainly, on stdout; the supervisor keeps Prefect's console handler quiet."""
     from prefect.logging.configuration import setup_logging
 
     setup_logging()
     handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(lambda entry: entry.pathname == file)
+    handler.addFilter(lambda entry: Path(entry.pathname).parent == Path(__file__).parent)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addHandler(handler)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import argcomplete
 
-from gainlora.cli import handover, reports, runs, sweep
+from gainlora.cli import grow, handover, reports, runs, sweep
 from gainlora.cli.parser import Commands
 from gainlora.errors import GainLoRAError, refused_by_system, told
 
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = Commands(top)
     commands.add_group("learn", runs.add, sweep.add)
+    commands.add_group("keep learning", grow.add)
     commands.add_group("look", reports.add)
     commands.add_group("use and hand over", handover.add)
     return top
