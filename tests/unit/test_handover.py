@@ -55,7 +55,8 @@ def said(capsys, *arguments) -> str:
 def refused(capsys, *arguments) -> str:
     assert main([str(a) for a in arguments]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    message, *page = err.splitlines()
+    assert out == "" and message.startswith("error: ") and all(line.startswith("see docs/") for line in page)
     return err
 
 
