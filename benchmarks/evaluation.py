@@ -49,7 +49,7 @@ def unsorted(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
-def row(name: str, count: int, rounds: int = 3) -> Row:
+def row(name: str, count: int, rounds: int = 2) -> Row:
     """`count` examples, the same model; the answers must be equal."""
     model = learned(base(name, torch.float32), BRANCHES, learning=False)
     rows = test_rows(count, model.base.config.vocab_size)
@@ -75,4 +75,4 @@ def row(name: str, count: int, rounds: int = 3) -> Row:
 
 def run() -> list[Row]:
     """A row per model."""
-    return [row(name, count) for name, count in zip(SMALL, (128, 48), strict=True)]
+    return [row(name, count) for name, count in zip(SMALL, (128, 96), strict=True)]

@@ -8,6 +8,7 @@ group `subspaces`.
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,8 +70,8 @@ def rows(name: str, batch_size: int, length: int, peak: float, rounds: int = 10,
         what = f"{name}, {batch_size} x {length} tokens, {side} branches / peft LoRA"
         row = time_row(f"{what}, time", times, side, "peft", "")
         speeds = (
-            f"{other}: {batch_size * length / min(times[other]):.0f} tokens/s, "
-            f"{100 * operations[other] / min(times[other]) / peak:.0f} % of the ceiling"
+            f"{other}: {batch_size * length / statistics.median(times[other]):.0f} tokens/s, "
+            f"{100 * operations[other] / statistics.median(times[other]) / peak:.0f} % of the ceiling"
             for other in (side, "peft")
         )
         found.append(Row(**{**vars(row), "detail": f"{row.detail}; {'; '.join(speeds)}"}))

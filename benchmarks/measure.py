@@ -67,15 +67,11 @@ def interleave(sides: Sides, rounds: int) -> Times:
 
 
 def time_row(name: str, times: Times, side: str, against: str, target: str) -> Row:
-    """The ratio of two sides' fastest calls: what else the machine does can only make a call slower.
-
-    The spread is that of the ratios within each round (quartiles).
-    """
+    """The median of the ratios of two sides' calls within each round; the spread is their quartiles."""
     pairs = [a / b for a, b in zip(times[side], times[against], strict=True)]
-    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else (pairs[0],) * 3
-    fastest, other = min(times[side]), min(times[against])
-    detail = f"{show_seconds(fastest)} / {show_seconds(other)}; {low:.2f} to {high:.2f} in {len(pairs)} rounds"
-    return Row(name, round(fastest / other, 3), target, detail)
+    low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    typical = " / ".join(show_seconds(statistics.median(times[key])) for key in (side, against))
+    return Row(name, round(middle, 3), target, f"{typical}; {low:.2f} to {high:.2f} in {len(pairs)} rounds")
 
 
 def memory_row(name: str, peaks: dict[str, int], side: str, against: str, target: str) -> Row:

@@ -175,7 +175,13 @@ def rows(name: str, batch_size: int = 4, length: int = 128, rounds: int = 10) ->
     ):
         found.append(time_row(f"training step, {what}, {name}, time", times, side, against, time_target))
         found.append(memory_row(f"training step, {what}, {name}, memory", peaks, side, against, memory_target))
-    return found
+    # how far the last ratio can fall at best, as the frozen base is in both sides; and without the base
+    found.append(
+        time_row(f"training step, 1 branch / 15 as a module per branch, {name}, time", times, "1", "naive", "")
+    )
+    added = {side: [t - one for t, one in zip(times[side], times["1"], strict=True)] for side in ("15", "naive")}
+    what = f"training step, what 14 more branches add, ours / a module per branch, {name}, time"
+    return [*found, time_row(what, added, "15", "naive", "")]
 
 
 def run() -> list[Row]:
