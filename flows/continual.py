@@ -21,7 +21,7 @@ from prefect import flow, get_run_logger, task
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from flows import launch, versions
+from flows import launch, stops, versions
 from flows.artifacts import Progress, show_table
 from gainlora.errors import GainLoRAError, refused_by_system
 from gainlora.params import load_config, order_names, side_section
@@ -32,8 +32,8 @@ STEP = "{t}/{total} {name}"
 
 
 def transient(task: Any, run: Any, state: Any) -> bool:
-    """Whether a failure may pass by itself: bad input does not."""
-    return not isinstance(state.result(raise_on_failure=False), GainLoRAError)
+    """Whether a failure may pass by itself: bad input does not, nor what comes of being stopped."""
+    return not stops.asked.is_set() and not isinstance(state.result(raise_on_failure=False), GainLoRAError)
 
 
 RETRIES: dict[str, Any] = {"retries": 3, "retry_delay_seconds": [1, 5, 15], "retry_condition_fn": transient}
@@ -105,6 +105,7 @@ def learn(order: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         kept: list[Records] = []  # of finished tasks that MLflow did not take yet
         progress = Progress(100 * finished / len(tasks), key=artifact_key("progress", folder))
         for t, name in enumerate(tasks, start=1):
+            stops.check()
             step = {"folder": folder, "t": t, "total": len(tasks), "name": name}
             if processes["num_processes"] > 1 and t > finished:
                 learn_together(**step, **processes)  # the steps that follow find their work done
@@ -281,7 +282,7 @@ def tracked(folder: str) -> Iterator[str]:
     try:
         yield tracked_run
     except BaseException as error:  # also KeyboardInterrupt and Prefect's TerminationSignal
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        status = "FAILED" if isinstance(error, Exception) and not stops.asked.is_set() else "KILLED"
         with suppress(Exception):  # what stopped the run is the error to show
             mlflow.fail(tracked_run, status, section("tracking"), Path("."))
         raise

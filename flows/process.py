@@ -13,10 +13,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from flows import stops
 from gainlora.errors import told
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask to stop. The supervisor starts this process with them blocked: none comes before it is ready."""
 HEAVY = dict.fromkeys(
     ("continual", "learn"), ("gainlora.learning.stream", "accelerate", "datasets", "mlflow", "transformers")
 )
@@ -29,10 +28,10 @@ def main(arguments: list[str]) -> int:
     if pipe:
         threading.Thread(target=_end_with_supervisor, args=[int(pipe[0])], daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops.SIGNALS)  # the supervisor blocked them: none came before this
     for module in (f"flows.{name}", *HEAVY.get(name, ())):
         importlib.import_module(module)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stops.interrupt)
     try:
         return _run_flow(name, json.loads(parameters))
     except KeyboardInterrupt:
@@ -51,6 +50,7 @@ def _run_flow(name: str, parameters: dict[str, Any]) -> int:
         if name in ("continual", "learn") and "DVC_STAGE" not in os.environ:
             show(state.result())
         return 0
+    stops.check()
     error = state.result(raise_on_failure=False)
     if isinstance(error, BaseException) and error.__traceback__ and state.data is not None:
         traceback.print_exception(error)

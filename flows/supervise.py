@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-from flows.process import STOPS
+from flows import stops
 from flows.server import answers, environment, find_server
 from gainlora.errors import GainLoRAError
 
@@ -48,9 +48,9 @@ def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
         if len(received) > 2:  # whoever asks a third time means now
             os.killpg(child.pid, signal.SIGKILL)
         else:
-            os.kill(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            os.kill(child.pid, signal.SIGINT)  # whichever it was: the child has one way to stop
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # none is lost, nor seen by the child before it is ready
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops.SIGNALS)  # none is lost, nor seen by the child before it is ready
     child = subprocess.Popen(
         [sys.executable, "-m", "flows.process", flow, json.dumps(dict(parameters)), str(alive)],
         env=values,
@@ -58,8 +58,8 @@ def run_flow(parameters: Mapping[str, Any], flow: str = "continual") -> int:
         start_new_session=True,
     )
     os.close(alive)
-    before = {number: signal.signal(number, forward) for number in STOPS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    before = {number: signal.signal(number, forward) for number in stops.SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops.SIGNALS)
     try:
         # Not reaped before its group is ended: until then the group's id cannot be given to anyone else.
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
