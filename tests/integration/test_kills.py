@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -175,5 +176,5 @@ def stored(root: Path) -> dict[str, list[Any]]:
         places = dict(store.execute("select run_uuid, name from runs"))
     files = [path for path in (root / "mlruns" / "artifacts").rglob("*") if path.is_file()]
     held["files"] = sorted((places[path.parts[path.parts.index("artifacts") + 1]], path.name) for path in files)
-    tables = [path.read_text() for path in files if path.name == "R.json"]
+    tables = [json.loads(path.read_text()) for path in files if path.name == "R.json"]
     return {**held, "R": tables}
