@@ -1,0 +1,7 @@
+"""Speed and memory against targets: README.md."""
+
+import os
+
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # torch's profiler announces itself otherwise; read when torch is loaded

@@ -15,6 +15,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from transformers.utils import logging
+
 from benchmarks.measure import Row
 from tests.integration.conftest import SERVE, Project
 from tests.tiny import tiny_llama
@@ -27,6 +29,7 @@ def per_task() -> Row:
     with tempfile.TemporaryDirectory(prefix="gainlora-benchmark-") as scratch:
         model, folder = Path(scratch, "model"), Path(scratch, "project")
         folder.mkdir()
+        logging.disable_progress_bar()
         tiny_llama(model)
         project = Project(folder, model)
         project("dvc", "init", "--no-scm", "--quiet")
