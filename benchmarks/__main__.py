@@ -65,7 +65,11 @@ def keep(group: str, rows: list[Row], folder: Path = FOLDER) -> None:
 def tables(rows: list[dict[str, Any]]) -> str:
     """A Markdown table per machine."""
     text = "\n"
-    for machine_text, of_machine in itertools.groupby(rows, lambda row: as_text(row["machine"])):
+
+    def named(row: dict[str, Any]) -> str:
+        return as_text(row["machine"])
+
+    for machine_text, of_machine in itertools.groupby(sorted(rows, key=named), named):
         text += f"\n{machine_text}:\n\n| what | ratio | target | holds | measured |\n|---|---:|---|---|---|\n"
         for row in of_machine:
             holds = {True: "yes", False: "**no**", None: ""}[row["holds"]]
