@@ -30,6 +30,8 @@ OPTIONS = {"train__epochs": 20, "train__checkpoint_every": 1, "data__max_prompt_
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")
 LOGGED = {".safetensors", ".json", ".jsonl", ".png"}
 """What an MLflow artifact may be: weights, numbers, pictures; nothing that is run or unpickled."""
+REGISTERED = {"MLmodel", ".md", ".py", ".txt", ".yaml"}
+"""And of a registered version: its code, card and environment."""
 
 
 class Watched(Project):
@@ -110,7 +112,8 @@ def test_stopped_in_training_it_is_kept_closed_and_goes_on_to_the_same_end(proje
     said.append(project("gainlora", "run", "tiny"))
     assert "1 finished before" in said[-1] and "training examples cut to length" in said[-1]
     assert {tuple(states) for states in project.mlflow_runs().values()} == {("FINISHED",)}
-    assert {p.suffix for p in tmp_path.glob("mlruns/artifacts/**/*") if p.is_file()} == LOGGED
+    files = [p for p in tmp_path.glob("mlruns/artifacts/**/*") if p.is_file()]
+    assert {p.suffix or p.name for p in files} == LOGGED | REGISTERED
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not [n for n, value in project.secrets.items() for w in written if value.encode() in w] and len(written) > 99
     assert not [name for name, value in project.secrets.items() if value in "".join(said)]

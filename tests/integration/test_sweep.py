@@ -62,9 +62,9 @@ def test_a_killed_sweep_goes_on_and_a_failing_run_stops_no_other(served):
     killed = {run["id"] for run in of_sweeps(served)}
     assert len(killed) == 3
 
-    # by name, on the server: what is left is ended, all are run
+    # by name, on the server: what is left is ended, all are run (the killed one's result files are elsewhere)
     started = ("prefect", "deployment", "run", "sweep", "--watch")
-    served(*started, "--param", "plan=plan.yaml", "--param", "results=out", code=1)
+    served(*started, "--param", "plan=plan.yaml", "--param", "results=done", code=1)
     runs = of_sweeps(served)
     assert {run["state_type"] for run in runs if run["id"] in killed} <= {"CANCELLED", "COMPLETED"}
     ours = {run["name"]: run for run in runs if run["id"] not in killed}
@@ -80,18 +80,19 @@ def test_a_killed_sweep_goes_on_and_a_failing_run_stops_no_other(served):
     assert table.startswith("4 runs: ") and "3 completed" in table and "1 failed" in table
     assert "| tiny olora 51 | Completed | AP " in table and "| gone seqlora+bad 51 | Failed | orders.gone" in table
 
-    files = sorted((served.folder / "out" / "tiny").iterdir())
+    files = sorted((served.folder / "done" / "tiny").iterdir())
     assert [file.name.split("-")[0] for file in files] == ["inclora", "olora", "seqlora"]
-    assert len(json.loads(files[0].read_text())["R"]) == 3 and (served.folder / "out" / "index.html").exists()
+    assert len(json.loads(files[0].read_text())["R"]) == 3 and (served.folder / "done" / "index.html").exists()
     for file in files:
         assert served.mlflow_runs()[json.loads(file.read_text())["run_id"]] == ["FINISHED"]
 
     # all there: nothing is submitted
-    output = served(*SWEEP, *WITH_PLAN, "tiny")
-    assert output.splitlines() == ["3 runs, 0 to do", "report: out/index.html"]
+    again = (*SWEEP, "--plan", "plan.yaml", "--results", "done")
+    output = served(*again, "tiny")
+    assert output.splitlines() == ["3 runs, 0 to do", "report: done/index.html"]
     assert len(of_sweeps(served)) == len(runs)
-    listed = served(*SWEEP, *WITH_PLAN, "--list").splitlines()
-    assert len(listed) == 4 and sum("# there: out/tiny/" in line for line in listed) == 3
+    listed = served(*again, "--list").splitlines()
+    assert len(listed) == 4 and sum("# there: done/tiny/" in line for line in listed) == 3
     assert listed[0].startswith("gainlora run tiny --method seqlora --seed 51")
 
 
