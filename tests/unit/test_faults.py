@@ -58,19 +58,23 @@ def test_a_rank_that_old_tasks_leave_no_room_for_is_named_with_task_and_layer(tm
     assert left(root) == ["task_01_task1"]
 
 
-@pytest.mark.parametrize("call", [11, 18])  # the tenth is the last of task 1: A of task 2, its gate's memory
-def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path: Path, monkeypatch: Any, call: int) -> None:
-    root, calls = project(tmp_path, count=2), []
-    expected = learn(copy_of(root, tmp_path / "expected"), model__name=str(root / "base")).task_folder(2)
+@pytest.mark.parametrize("which", [0, -1])  # of task 2's: for its A, and for its gate's memory
+def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path: Path, monkeypatch: Any, which: int) -> None:
+    root, whole = project(tmp_path, count=2), tmp_path / "expected"
+    calls: list[bool] = []  # whether task 1 is learned
+    fails: list[int] = []
     eigh = torch.linalg.eigh
 
-    def failing(matrix: torch.Tensor) -> Any:
-        calls.append(matrix)
-        if len(calls) == call:
+    def counted(matrix: torch.Tensor) -> Any:
+        calls.append(any(whole.glob("runs/*/task_01_*")))
+        if len(calls) in fails:
             raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
         return eigh(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    expected = learn(copy_of(root, whole), model__name=str(root / "base")).task_folder(2)
+    of_task_2 = [number for number, later in enumerate(calls, start=1) if later]
+    fails.append(len(calls) + of_task_2[which])
     with pytest.raises(GainLoRAError, match=rf"^task task2: ({LAYER}|gate layer \d): .*cannot be decomposed"):
         learn(root)
     assert "task_01_task1" in left(root) and "task_02_task2" not in left(root)
