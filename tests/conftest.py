@@ -6,10 +6,12 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only get in each other's way
-# a shell's background jobs ignore Ctrl-C, and what tests start would inherit that
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
+
+
+def pytest_configure():
+    # a shell's background jobs ignore Ctrl-C, and what tests start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
