@@ -2,6 +2,4 @@
 
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # torch's profiler announces itself otherwise; read when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise; read with torch
