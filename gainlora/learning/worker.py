@@ -9,11 +9,10 @@ where launch.num_processes is more than 1 (flows/launch.py). By hand it runs on 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -21,6 +20,9 @@ from gainlora import distributed
 from gainlora.errors import GainLoRAError
 from gainlora.learning.stream import Stream
 from gainlora.model.base import pick_device
+
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent ends."""
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("task", type=int, nargs="?", help="the only task to learn, from 1; none: all, and the result")
     options = parser.parse_args(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate launch is the parent
-        threading.Thread(target=_end_with_launcher, args=[os.getppid()], daemon=True).start()
+        _end_with_launcher()
     try:
         distributed.join(pick_device())
         stream = Stream.open(options.run)
@@ -67,11 +69,14 @@ def _failed(message: str) -> int:
     os._exit(1)  # a process that waits for the others would never end
 
 
-def _end_with_launcher(launcher: int) -> None:
-    """A launcher that is killed leaves its processes behind; what they have written is whole at any moment."""
-    while os.getppid() == launcher:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+def _end_with_launcher() -> None:
+    """Be killed when the launcher ends, however it ends: it would leave this process behind, which writes on. What is
+    written is whole at any moment."""
+    launcher = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != launcher:  # it ended before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

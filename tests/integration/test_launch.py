@@ -93,7 +93,8 @@ def test_two_processes_learn_what_one_learns(alone, tmp_path, how):
 
 def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
     """SIGKILL for the launcher alone. T5's dropout draws other random numbers in each process."""
-    roots = [project(tmp_path / name, "t5", dropout=0.1, train__checkpoint_every=2) for name in ("whole", "killed")]
+    options = {"dropout": 0.1, "train__checkpoint_every": 2, "train__epochs": 12}
+    roots = [project(tmp_path / name, "t5", **options) for name in ("whole", "killed")]
     shutil.rmtree(roots[1] / "base")
     shutil.copy(roots[0] / "params.yaml", roots[1])
     whole, killed = (new_run(root) for root in roots)
@@ -106,6 +107,8 @@ def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     processes = psutil.Process(process.pid).children(recursive=True)
+    for worker in processes:
+        worker.suspend()  # so they do not learn on to the end; the launcher's death reaches a stopped process, too
     process.kill()
     process.wait()
     _, left = psutil.wait_procs(processes, timeout=30)

@@ -165,6 +165,18 @@ def test_an_iteration_is_enough_where_few_directions_hold_the_energy(monkeypatch
     )
 
 
+def test_a_memory_that_holds_enough_is_not_decomposed(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("decomposed")
+
+    c = torch.diag(0.8 ** torch.arange(400.0))
+    basis = torch.eye(400)[:, :11]
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    assert torch.equal(expand_basis(basis, c, 0.99, "covariance", "layer"), basis)
+    with pytest.raises(AssertionError, match="decomposed"):
+        expand_basis(basis, c, 0.999, "covariance", "layer")
+
+
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_designed_A_lies_outside_the_memory(blocks):
     old, new = covariance(inputs(200, 32, 3, 1), blocks), covariance(inputs(200, 32, 20, 2), blocks)
