@@ -58,8 +58,8 @@ def start(folder: Path, tracking: dict[str, Any], root: Path = Path(".")) -> str
     """
     run = read_run(folder)
     with store(tracking, root) as (client, experiment):
-        parent = _find(client, experiment, folder.name) or client.create_run(
-            experiment, run_name=folder.name, tags={KEY: folder.name, "mlflow.note.content": NOTE}
+        parent = _find(client, experiment, folder.name) or _create(
+            client, experiment, folder.name, run_name=folder.name, tags={"mlflow.note.content": NOTE}
         )
         run_id: str = parent.info.run_id
         if parent.info.status != "RUNNING":
@@ -107,11 +107,8 @@ def record_task(
                 return str(child.info.run_id)
             client.delete_run(child.info.run_id)  # the task was learned again, with another outcome
             child = None
-        child = child or client.create_run(
-            experiment,
-            start_time=started,
-            run_name=task_folder.name,
-            tags={KEY: key, PARENT: parent_run_id},
+        child = child or _create(
+            client, experiment, key, start_time=started, run_name=task_folder.name, tags={PARENT: parent_run_id}
         )
     run_id: str = child.info.run_id
     data = run.data if run.at_once else {step.task: run.data[step.task]}
@@ -214,9 +211,21 @@ def fail(
 
 
 def _find(client: MlflowClient, experiment: str, key: str) -> MlflowRun | None:
-    """The run with this key, if there is one that is not deleted."""
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    return found[0] if found else None
+    """The run with this key, if there is one that is not deleted. Of several the one with most records stays."""
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'")
+    if not found:
+        return None
+    kept = max(found, key=lambda run: (DONE in run.data.tags, len(run.data.metrics), run.info.run_id))
+    for run in found:
+        if run is not kept:
+            client.delete_run(run.info.run_id)
+    return kept
+
+
+def _create(client: MlflowClient, experiment: str, key: str, tags: dict[str, str], **options: Any) -> MlflowRun:
+    """A run with this key. The client asks again when a server answers late, which has made one each time then."""
+    made = client.create_run(experiment, tags={KEY: key, **tags}, **options)
+    return _find(client, experiment, key) or made
 
 
 def _log(

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from gainlora.tracking.store import SQLITE, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
 CHAMPION = "champion"
@@ -66,9 +68,8 @@ def register(folder: Path, uri: str) -> int:
     with connect(uri) as client:
         run_id = _run_id(client, run.run_id)
         held = client.search_model_versions(f"name = '{name}'")
-        for version in held:
-            if version.tags.get(KEY) == run.run_id and version.tags.get(DONE) == done:
-                return int(version.version)
+        if there := _versions(held, run.run_id, done):
+            return there[0]
         place = f"model-{done[:8]}"
         with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
             save_model(learned, Path(scratch) / "model")
@@ -78,10 +79,18 @@ def register(folder: Path, uri: str) -> int:
         source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         tags = {KEY: run.run_id, DONE: done, "method": run.config["method"]}
         tags |= {key: f"{run.result[key]:.2f}" for key in ("AP", "FT") if run.result[key] is not None}
-        made = client.create_model_version(name, source, run_id, tags, description=f"Tasks: {', '.join(run.tasks)}.")
+        client.create_model_version(name, source, run_id, tags, description=f"Tasks: {', '.join(run.tasks)}.")
+        made, *again = _versions(client.search_model_versions(f"name = '{name}'"), run.run_id, done)
+        for version in again:  # a server that answers late was asked again, and made one each time
+            client.delete_model_version(name, str(version))
         if not held:
-            client.set_registered_model_alias(name, CHAMPION, made.version)
-        return int(made.version)
+            client.set_registered_model_alias(name, CHAMPION, str(made))
+        return made
+
+
+def _versions(held: Iterable[ModelVersion], run: str, done: str) -> list[int]:
+    """Numbers of the versions that are this run as it is now, lowest first."""
+    return sorted(int(v.version) for v in held if (v.tags.get(KEY), v.tags.get(DONE)) == (run, done))
 
 
 def signature(learned: Learned) -> ModelSignature:

@@ -1,11 +1,7 @@
 """The flow on a real Prefect server with a real worker, a real MLflow store and a tiny random model."""
 
-import contextlib
 import json
-import os
 import signal
-import sqlite3
-import subprocess
 import sys
 import time
 import urllib.error
@@ -15,7 +11,7 @@ import psutil
 import pytest
 
 from gainlora import rules
-from tests.integration.conftest import RUN_FLOW, SERVE, Project, free_port
+from tests.integration.conftest import RUN_FLOW, SERVE, Project
 
 pytestmark = pytest.mark.slow
 
@@ -159,58 +155,6 @@ def test_several_processes_end_with_the_flow_and_go_on_with_it(served):
     assert scores["num_processes"] == 2 and served.mlflow_runs()[folder.name] == ["FINISHED"]
     refused = served.flow(seed=12, overrides={"launch.num_processes": 9}, code=1)
     assert refused.strip().startswith("error: launch.num_processes: 9 cannot share the 8 examples of train.batch_size")
-
-
-def test_mlflow_may_go_away_and_come_back(served, tmp_path):
-    """Learning goes on without the MLflow server; the same command delivers what it missed, once."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-    def mlflow_server():
-        command = ("mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", port)
-        environment = {**served.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        process = subprocess.Popen(
-            [*command, "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
-            env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                return process
-            time.sleep(0.2)
-        raise AssertionError("MLflow did not start")
-
-    def runs():
-        with sqlite3.connect(tmp_path / "mlflow.db") as db:
-            return sorted(db.execute("select name, status from runs where lifecycle_stage = 'active'"))
-
-    params = served.folder / "params.yaml"
-    before = params.read_text()
-    params.write_text(before.replace("uri: null", f"uri: {address}"))
-    server = mlflow_server()
-    try:
-        process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 21}))
-        output = ""
-        while "task 1/3" not in output:
-            output += process.stdout.readline()
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        output += process.communicate(timeout=400)[0]
-        assert process.returncode == 0, output
-        assert "MLflow did not take task 2" in output and "the same command delivers them" in output
-        (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-21-*")
-        assert (folder / "result.json").exists() and ("task_02_task2", "FINISHED") not in runs()
-
-        server = mlflow_server()
-        assert "does not answer" not in served.flow(seed=21)
-        expected = [(name, "FINISHED") for name in ("task_01_task1", "task_02_task2", "task_03_task3", folder.name)]
-        assert runs() == sorted(expected)
-    finally:
-        params.write_text(before)
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def test_without_a_server_the_command_says_so(tmp_path, model):

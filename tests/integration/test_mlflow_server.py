@@ -1,0 +1,160 @@
+"""An MLflow server that goes away or answers late: learning goes on, and everything is recorded once."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+import yaml
+
+from tests.integration.conftest import RUN_FLOW, free_port
+
+pytestmark = pytest.mark.slow
+
+
+class Server:
+    """A real MLflow server with a database and a port of its own."""
+
+    def __init__(self, folder, environment):
+        self.folder, self.port = folder, free_port()
+        self.environment = {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+    def start(self):
+        place = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "artifacts"]
+        self.process = subprocess.Popen(
+            ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", self.port, *place],
+            env=self.environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+                return
+            time.sleep(0.2)
+        raise AssertionError("MLflow did not start")
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def query(self, text):
+        with sqlite3.connect(self.folder / "mlflow.db") as database:
+            return sorted(database.execute(text))
+
+    def runs(self):
+        """[(name, status)] of those that are not deleted."""
+        return self.query("select name, status from runs where lifecycle_stage = 'active'")
+
+
+@pytest.fixture
+def server(served, tmp_path):
+    made = Server(tmp_path, served.environment)
+    made.start()
+    yield made
+    made.kill()
+
+
+@contextlib.contextmanager
+def recording_to(project, address):
+    """Its params.yaml names this store, and every finished run is promoted."""
+    params = project.folder / "params.yaml"
+    before = params.read_text()
+    sections = yaml.safe_load(before)
+    sections["tracking"]["uri"], sections["promote"] = address, {"max_forgetting": None}
+    params.write_text(yaml.safe_dump(sections, sort_keys=False))
+    try:
+        yield
+    finally:
+        params.write_text(before)
+
+
+def names(folder):
+    return ["task_01_task1", "task_02_task2", "task_03_task3", folder.name]
+
+
+def test_it_may_go_away_and_come_back(served, server):
+    """The same command delivers what it missed, once."""
+    with recording_to(served, f"http://127.0.0.1:{server.port}"):
+        process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 21}))
+        output = ""
+        while "task 1/3" not in output:
+            output += process.stdout.readline()
+        server.kill()
+        output += process.communicate(timeout=400)[0]
+        assert process.returncode == 0, output
+        assert "MLflow did not take task 2" in output and "the same command delivers them" in output
+        (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-21-*")
+        assert (folder / "result.json").exists() and ("task_02_task2", "FINISHED") not in server.runs()
+
+        server.start()
+        assert "does not answer" not in served.flow(seed=21)
+        assert server.runs() == sorted((name, "FINISHED") for name in names(folder))
+
+
+class Late(BaseHTTPRequestHandler):
+    """Passes requests on at once, but what changes the store is answered when the client's patience has ended, the
+    first time; the client asks again."""
+
+    patience = 1.0
+    asked: ClassVar[set] = set()
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
+        upstream.request(self.command, self.path, body, dict(self.headers))
+        reply = upstream.getresponse()
+        content = reply.read()
+        if self.command in ("POST", "PATCH") and "/search" not in self.path and (self.path, body) not in self.asked:
+            self.asked.add((self.path, body))
+            time.sleep(1.5 * self.patience)
+        with contextlib.suppress(OSError):  # nobody waits any more
+            self.send_response(reply.status)
+            for name, value in reply.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def late(served, server):
+    """Address of a server that answers late; flows of `served` are impatient."""
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Late)
+    proxy.upstream = int(server.port)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    served.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(int(Late.patience))
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    del served.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_what_it_did_but_said_too_late_is_not_there_twice(served, server, late):
+    with recording_to(served, late):
+        output = served.flow(seed=22)
+    assert "MLflow did not take" not in output and "promoted: " in output
+    (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-22-*")
+    assert server.runs() == sorted((name, "FINISHED") for name in names(folder))
+    assert len(server.query("select run_uuid from runs")) > 4  # there were more; else the server was not late
+    of_parent = f"select count(*) from {{}} join runs using (run_uuid) where name = '{folder.name}' and {{}}"
+    assert server.query(of_parent.format("metrics", "key = 'AP'")) == [(3,)]
+    inputs = f"select count(*) from inputs join runs on run_uuid = destination_id where name = '{folder.name}'"
+    assert server.query(inputs) == [(3,)]
+    assert len(server.query("select version from model_versions where current_stage != 'Deleted_Internal'")) == 1
