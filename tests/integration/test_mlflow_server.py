@@ -1,4 +1,4 @@
-"""An MLflow server that goes away or answers late: learning goes on, and everything is recorded once."""
+"""An MLflow server that goes away or answers late: learning goes on, and everything is recorded once. `make ui`'s."""
 
 import contextlib
 import http.client
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -17,7 +18,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from tests.integration.conftest import RUN_FLOW, free_port
+from tests.integration.conftest import ROOT, RUN_FLOW, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +30,10 @@ class Server:
         self.folder, self.port = folder, free_port()
         self.environment = {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
-    def start(self):
+    def start(self, *command):
         place = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "artifacts"]
         self.process = subprocess.Popen(
-            ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", self.port, *place],
+            command or ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", self.port, *place],
             env=self.environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
@@ -158,3 +159,44 @@ def test_what_it_did_but_said_too_late_is_not_there_twice(served, server, late):
     inputs = f"select count(*) from inputs join runs on run_uuid = destination_id where name = '{folder.name}'"
     assert server.query(inputs) == [(3,)]
     assert len(server.query("select version from model_versions where current_stage != 'Deleted_Internal'")) == 1
+
+
+SENDERS = {
+    ("Host", "127.0.0.1:PORT"): 200,
+    ("Host", "localhost:PORT"): 200,
+    ("Origin", "http://127.0.0.1:PORT"): 200,
+    ("Host", "evil.example"): 403,
+    ("Host", "127.0.0.1.evil.example:PORT"): 403,
+    ("Origin", "https://evil.example"): 403,
+    ("Origin", "null"): 403,
+}
+"""Header of a request -> what the server answers."""
+
+
+def post(address, body, headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_make_ui_answers_this_machine_only(served, tmp_path):
+    """The command of the Makefile itself. A refused change is not made."""
+    server = Server(tmp_path, served.environment)
+    recipe = ["make", "-n", "-C", ROOT, "ui", f"UI_PORT={server.port}"]
+    lines = subprocess.run(recipe, capture_output=True, text=True, check=True).stdout.replace("\\\n", "").splitlines()
+    (line,) = [line for line in lines if "mlflow ui" in line]
+    server.start("bash", "-c", line.replace(str(ROOT / "mlruns"), str(tmp_path)))
+    try:
+        codes = {}
+        for name, value in SENDERS:
+            body = json.dumps({"name": value}).encode()
+            headers = {"Content-Type": "application/json", name: value.replace("PORT", server.port)}
+            address = f"http://127.0.0.1:{server.port}/api/2.0/mlflow/experiments/create"
+            codes[name, value] = post(address, body, headers)
+        assert codes == SENDERS
+        made = {name for (name,) in server.query("select name from experiments")}
+        assert made == {"Default", *(value for (_, value), code in SENDERS.items() if code == 200)}
+    finally:
+        server.kill()

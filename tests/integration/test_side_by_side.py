@@ -134,3 +134,59 @@ def test_a_run_outlives_the_prefect_server(served):
     assert run["state_type"] == "COMPLETED" and run["state"]["message"].startswith("AP ")
     (folder,) = Path(served.folder, "runs").glob("tiny-*-61-*")
     assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+
+
+def test_two_workers_on_one_pool(served):
+    """The second takes a run while the first stands still; then the first gets the same run, and another."""
+    api = f"PREFECT_API_URL=http://127.0.0.1:{served.port}/api"
+    first = psutil.Process(served.processes()["gainlora"])
+    first.suspend()
+    command = ("prefect", "worker", "start", "--pool", "gainlora", "--name", "second", "--limit", "1")
+    second = served.start("env", api, *command)
+    flow = None
+
+    def submit(seed):
+        overrides = json.dumps({"train.epochs": 40})
+        given = ("--param", "order=tiny", "--param", f"seed={seed}", "--param", f"overrides={overrides}")
+        served("prefect", "deployment", "run", "continual-any", *given)
+
+    def states(seed):
+        named = {"name": {"any_": [f"tiny {seed}"]}}
+        runs = served.api("flow_runs", flow_runs=named, sort="EXPECTED_START_TIME_ASC")
+        return [(run["state_type"], run["state"]["message"]) for run in runs]
+
+    def wait_until(what):
+        end = time.monotonic() + 240
+        while not (found := what()):
+            assert time.monotonic() < end and second.poll() is None
+            time.sleep(0.1)
+        return found
+
+    def ended(seed, count):
+        found = [state for state in states(seed) if state[0] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
+        return found if len(found) == count else None
+
+    try:
+        submit(71)
+        wait_until(lambda: list(served.folder.glob("runs/tiny-*-71-*/.task_02_*")))  # learning: it holds no other lock
+        (flow,) = [p for p in psutil.Process(second.pid).children(recursive=True) if "prefect.engine" in p.cmdline()]
+        flow.suspend()
+        first.resume()
+        submit(71)
+        submit(72)
+        (refused,) = wait_until(lambda: ended(71, 1))
+        assert refused[0] == "FAILED" and f"in progress already (process {flow.pid} on " in refused[1]
+        assert [state for state, _ in wait_until(lambda: ended(72, 1))] == ["COMPLETED"]
+        flow.resume()
+        assert sorted(state for state, _ in wait_until(lambda: ended(71, 2))) == ["COMPLETED", "FAILED"]
+    finally:
+        first.resume()
+        for process in [flow, psutil.Process(second.pid)]:
+            if process is not None and process.is_running():
+                process.resume()
+                process.terminate()
+        second.communicate(timeout=60)
+    folders = [folder for seed in (71, 72) for folder in served.folder.glob(f"runs/tiny-*-{seed}-*")]
+    assert len(folders) == 2 and all((folder / "result.json").exists() for folder in folders)
+    recorded = served.mlflow_runs()
+    assert [recorded[folder.name] for folder in folders] == [["FINISHED"]] * 2
