@@ -93,6 +93,22 @@ def test_a_deployment_teaches_one_more_task_and_forget_takes_it_back(served):
     assert "was the first champion" in served("gainlora", "rollback", "tiny", code=1)
 
 
+def test_two_processes_teach_it_too(served):
+    folder, before = run_of(served), (run_of(served) / "result.json").read_bytes()
+    params = served.folder / "params.yaml"
+    alone = params.read_text()
+    params.write_text(yaml.safe_dump({**yaml.safe_load(alone), "launch": {"num_processes": 2, "config": None}}))
+    try:
+        served("gainlora", "learn", f"runs/{folder.name}", "--task", "task3")
+    finally:
+        params.write_text(alone)
+    scores = json.loads((folder / "task_03_task3" / "scores.json").read_text())
+    assert scores["num_processes"] == 2 and set(scores["scores"]) == {"task1", "task2", "task3"}
+    assert json.loads((folder / "result.json").read_text())["tasks"] == ["task1", "task2", "task3"]
+    served("gainlora", "forget", f"runs/{folder.name}", "--last")
+    assert (folder / "result.json").read_bytes() == before
+
+
 def test_the_inbox(served):
     """A good task is learned, a bad one put aside with its reason, an unfinished one and those of a busy run stay."""
     run = run_of(served)
