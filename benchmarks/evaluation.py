@@ -53,12 +53,15 @@ def row(name: str, count: int, rounds: int = 2) -> Row:
     """`count` examples, the same model; the answers must be equal."""
     model = learned(base(name, torch.float32), BRANCHES, learning=False)
     rows = test_rows(count, model.base.config.vocab_size)
-    config = cast(Config, SimpleNamespace(evaluate=EvaluateConfig(batch_size=BATCH), data=DataConfig()))
+    config = cast(
+        Config,
+        SimpleNamespace(evaluate=EvaluateConfig(batch_size=BATCH), data=DataConfig(max_target_tokens=NEW_TOKENS)),
+    )
     answers: dict[str, list[str]] = {}
 
     def side(key: str) -> Callable[[], None]:
         def once() -> None:
-            found = evaluate_task(model, Ids(), rows, "exact_match", NEW_TOKENS, config, key)
+            found = evaluate_task(model, Ids(), rows, "exact_match", config, key)
             answers[key] = [prediction.prediction for prediction in found]
 
         return once

@@ -69,7 +69,7 @@ def interleave(sides: Sides, rounds: int) -> Times:
 def time_row(name: str, times: Times, side: str, against: str, target: str) -> Row:
     """The median of the ratios of two sides' calls within each round; the spread is their quartiles."""
     pairs = [a / b for a, b in zip(times[side], times[against], strict=True)]
-    low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
     typical = " / ".join(show_seconds(statistics.median(times[key])) for key in (side, against))
     return Row(name, round(middle, 3), target, f"{typical}; {low:.2f} to {high:.2f} in {len(pairs)} rounds")
 

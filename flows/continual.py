@@ -247,6 +247,13 @@ def stream(folder: str) -> Any:
     return Stream.open(Path(folder))
 
 
+def close_streams() -> None:
+    """Let go of the run folders and models that this process holds."""
+    from gainlora.learning.stream import Stream
+
+    Stream.close_all()
+
+
 def section(name: str) -> dict[str, Any]:
     """params.yaml's `tracking`, `report` or `promote`, which decide nothing about what is learned."""
     return side_section(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, Passing
 
 HERE = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 """All of it on this machine. Without GPUs, too: the option's name is older than what it does."""
@@ -44,4 +44,6 @@ def launch(folder: str, t: int, num_processes: int, config: str | None) -> None:
             child.wait()
     if said or code:
         lost = f"one of {num_processes} processes ended without a message (exit code {code}; killed, out of memory?)"
-        raise GainLoRAError(said or f"{lost}; the same command goes on from the last checkpoint.")
+        if said:
+            raise GainLoRAError(said)
+        raise Passing(f"{lost}; the same command goes on from the last checkpoint.")

@@ -21,7 +21,7 @@ from prefect.states import Completed, Failed
 from flows import continual
 from flows.artifacts import Progress
 from gainlora.data.tasks import FILES
-from gainlora.errors import Busy, GainLoRAError
+from gainlora.errors import GainLoRAError, Passing
 
 PHASES = (continual.prepare, continual.train, continual.update, continual.evaluate, continual.finish)
 STILL = 30
@@ -62,11 +62,13 @@ def inbox(folder: str = "inbox") -> Any:
         try:
             learn_task(Path("runs") / dropped.parent.name, dropped)
             where, reason = DONE, "learned"
-        except Busy as error:
+        except Passing as error:
             get_run_logger().warning(f"{dropped}: stays for now: {error}")
             continue
         except GainLoRAError as error:
             where, reason = FAILED, str(error)
+        finally:
+            continual.close_streams()  # the next one may be another run's, with another base
         put_away(dropped, where, reason)
         became.append((where, f"{dropped}: {reason}"))
     message = "; ".join(line for _, line in became) or "no complete task"
@@ -87,15 +89,18 @@ def learn_task(folder: Path, source: Path) -> dict[str, Any]:
             for count, phase in enumerate(PHASES, start=1):
                 phase(**step)
                 progress.set(100 * (n + count / len(PHASES)) / len(steps))
+    except Passing:
+        raise
     except GainLoRAError:
         drop(place)
         raise
     result = settle(place)
     continual.report_task(steps[-1], continual.evaluate(**steps[-1]), resumed=finished == total)
-    if continual.taken(record(place, return_state=True)):
+    recorded = record(place, return_state=True)
+    if recorded.is_completed():
         continual.promote(place)
-    else:
-        get_run_logger().warning("MLflow does not answer: the same command delivers the records later")
+    else:  # what is learned stays
+        get_run_logger().warning(f"not in MLflow ({recorded.message}): the same command delivers the records later")
     return result
 
 

@@ -76,6 +76,24 @@ def environment(url: str | None) -> dict[str, str]:
     return values
 
 
+def check_place(deployment: Any, url: str) -> None:
+    """Refuse a deployment that works in another folder than this: a server's address says nothing of whose it is.
+
+    Args:
+        deployment: as Prefect's API gives it; one without a place on this machine passes.
+
+    Raises:
+        GainLoRAError: it would read another params.yaml and write other runs.
+    """
+    for step in deployment.pull_steps or []:
+        place = (step.get("prefect.deployments.steps.set_working_directory") or {}).get("directory")
+        if place and Path(place).resolve() != Path.cwd():
+            raise GainLoRAError(
+                f"{url}: belongs to {place}: its deployments run there; work in that folder, or start a server for "
+                "this one: PREFECT_PORT=4300 make serve."
+            )
+
+
 def start(jobs: int | None = None) -> None:
     """Server, work pools, deployments and workers, all ready.
 

@@ -27,7 +27,7 @@ from prefect.states import Cancelling, Completed, Failed
 
 from flows.artifacts import one_attempt, show_table
 from flows.plan import Experiment, experiments
-from flows.server import POOL
+from flows.server import POOL, check_place
 from gainlora.errors import GainLoRAError
 from gainlora.params import side_section
 
@@ -146,12 +146,13 @@ def table(runs: dict[str, FlowRun]) -> str:
 def ready(client: SyncPrefectClient) -> None:
     """Refuse a server that does not know the deployment; say when nobody would run anything."""
     try:
-        client.read_deployment_by_name(DEPLOYMENT)
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
         pool = client.read_work_pool(POOL)
     except ObjectNotFound:
         raise GainLoRAError(
             f"{client.api_url}: deployment {DEPLOYMENT} is not there; `make serve` makes it, or `prefect deploy --all`."
         ) from None
+    check_place(deployment, str(client.api_url))
     if pool.status != WorkPoolStatus.READY:
         get_run_logger().warning(f"no worker is online: the runs wait for `prefect worker start --pool {POOL}`")
 

@@ -133,5 +133,7 @@ def _set(variable: str) -> bool:
 def _together() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # this process's own
+        raise
     except RuntimeError as error:  # gloo's and NCCL's alike
         raise Lost(str(error)) from error

@@ -39,14 +39,18 @@ def within(what: str) -> Iterator[None]:
         raise GainLoRAError(f"{what}: {error}") from None
 
 
-class Busy(GainLoRAError):
+class Passing(GainLoRAError):
+    """Nothing is wrong with what was asked: the same command, given again, goes on."""
+
+
+class Busy(Passing):
     """Another process works there; it passes by itself."""
 
 
-def not_written(path: Path, error: Exception) -> GainLoRAError:
+def not_written(path: Path, error: Exception) -> Passing:
     """What to raise when a file of a run could not be written: disk full, read-only folder."""
     reason = getattr(error, "strerror", None) or str(error)
-    return GainLoRAError(
+    return Passing(
         f"{path}: not written: {reason}; free space or make it writable, and give the same command again: it goes on "
         "from what is learned."
     )

@@ -14,7 +14,8 @@ from typing import Any
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
-from flows.server import answers, default_url, find_server
+from flows.server import answers, check_place, default_url, find_server
+from gainlora.errors import GainLoRAError, told
 
 
 @register_hook
@@ -29,7 +30,7 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     if Path(sys.argv[0]).name not in ("prefect", "-m") or words[:1] == ["server"]:
         return None
     if words[:1] == ["deployment"]:
-        _accept_dashed_names()
+        _accept_dashed_names(here=words[1:2] == ["run"])
     url = ctx.api_url or find_server()
     if words[:2] == ["deployment", "run"] and "--help" not in sys.argv and (url is None or _local_and_silent(url)):
         print(f"No Prefect server answers at {url or default_url()}; start one with: make serve", file=sys.stderr)
@@ -41,14 +42,28 @@ def _local_and_silent(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "http://localhost:")) and not answers(url)
 
 
-def _accept_dashed_names() -> None:
-    """Let PrefectClient.read_deployment_by_name resolve "<flow>-<deployment>" where exactly one matches."""
+def _accept_dashed_names(here: bool) -> None:
+    """Let PrefectClient.read_deployment_by_name resolve "<flow>-<deployment>" where exactly one matches.
+
+    Args:
+        here: refuse a deployment of another folder; both may use the same port.
+    """
     from prefect.client.orchestration import PrefectClient
     from prefect.exceptions import ObjectNotFound
 
     original = PrefectClient.read_deployment_by_name
 
     async def read_deployment_by_name(self: PrefectClient, name: str) -> Any:
+        deployment = await resolve(self, name)
+        try:
+            if here:
+                check_place(deployment, str(self.api_url))
+        except GainLoRAError as error:
+            print(told(str(error)), file=sys.stderr)
+            raise SystemExit(1) from None
+        return deployment
+
+    async def resolve(self: PrefectClient, name: str) -> Any:
         if "/" in name:
             return await original(self, name)
         found, missing = [], ObjectNotFound(ValueError(f"no deployment {name}"))

@@ -49,11 +49,17 @@ def _forget(options: argparse.Namespace) -> int:
         grow.forget(options.run)
         print(f"{options.run}: dropped {name}, which it was about to learn")
         return 0
-    mlflow.retire(folder, learned.name, name, tracking)  # first: without MLflow nothing is forgotten
-    grow.forget(options.run)
-    mlflow.record_run(folder, tracking, report)
+    mlflow.retire(folder, learned, name, tracking)  # first: without MLflow nothing is forgotten
+    version = None
+
+    def record() -> None:
+        nonlocal version
+        mlflow.record_run(folder, tracking, report)
+        version = follow(folder, tracking_uri(Path("."), tracking["uri"]))
+
+    grow.forget(options.run, record)
     print(f"{options.run}: forgot {name}")
-    if version := follow(folder, tracking_uri(Path("."), tracking["uri"])):
+    if version:
         print(f"champion of its order: version {version}, this run as it is now")
     return 0
 

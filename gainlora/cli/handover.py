@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +177,7 @@ def _register(options: argparse.Namespace) -> int:
         raise GainLoRAError(f"tracking.uri: {uri}: {error.message[:300]}; nothing is registered.") from None
     print(f"{name} version {version}; to serve it:")
     print(
-        f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m models:/{name}/{version} --env-manager local "
+        f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m models:/{name}/{version} --env-manager local "
         "--host 127.0.0.1 --port 5001"
     )
     return 0

@@ -1,8 +1,7 @@
 """Tasks that a run keeps in its own folder: one that it learns beyond its order, and what it is tested on.
 
     data/<task>/train.json, test.json      of a task that was added: as they were given, or one file split in two
-    task_02_<task>/test/<task>.json        of every task: the test examples it is asked, in the same format, and
-                                           "max_new_tokens", the room for an answer
+    task_02_<task>/test/<task>.json        of every task: the test examples it is asked, in the same format
 
 So a run needs no file outside its folder to learn one more task and to ask all earlier ones again.
 """
@@ -21,7 +20,6 @@ from gainlora.reading import parse_json, read_bytes
 
 SHARE = 5
 """One in so many inputs of a single file is held out to test."""
-ROOM = "max_new_tokens"
 
 
 def task_name(source: Path) -> str:
@@ -71,22 +69,18 @@ def _held_out(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**head, "Instances": sides[0]}, {**head, "Instances": sides[1]}
 
 
-def kept_test(task: Task, max_new_tokens: int) -> dict[str, Any]:
+def kept_test(task: Task) -> dict[str, Any]:
     """What a run keeps of a task to ask it again, ready for JSON."""
     instances = [{"input": example.input, "output": list(example.references)} for example in task.test]
-    return {"Definition": [task.definition], ROOM: max_new_tokens, "Instances": instances}
+    return {"Definition": [task.definition], "Instances": instances}
 
 
-def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> tuple[Task, int]:
-    """The task without training examples, and the room for an answer.
+def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> Task:
+    """The task without training examples.
 
     Raises:
         GainLoRAError: the file is damaged.
     """
     remedy = "restore the run's folder from a copy"
-    content = read_bytes(path, remedy, remedy)
-    definition, examples, _ = parse_split(content, path)
-    room = parse_json(content, path, remedy).get(ROOM)
-    if type(room) is not int:
-        raise GainLoRAError(f"{path}: {ROOM!r} is missing; {remedy}.")
-    return Task(path.stem, template, metric, definition, (), tuple(examples), sha256), room
+    definition, examples, _ = parse_split(read_bytes(path, remedy, remedy), path)
+    return Task(path.stem, template, metric, definition, (), tuple(examples), sha256)

@@ -5,7 +5,7 @@
                           kept.<layer>:<name>          what the branch rule keeps
                           gate.<name>                  start, memory and change of the gate
                           optimizer.<i>.<name>         AdamW's moments and step count of parameter i
-                          random.<i>.cpu, .cuda        generators of process i (a base with dropout draws from them)
+                          random.<i>.cpu, .cuda0, ...  generators of process i (a base with dropout draws from them)
       progress.json       records of train.jsonl so far, learning rate schedule, seconds
       checksums.json
 
@@ -15,6 +15,7 @@ All else follows from the configuration, the data and the finished tasks.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,14 @@ class Checkpoints:
 
 def random_states() -> dict[str, Tensor]:
     """States of torch's generators, by device."""
-    states = {"cpu": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+    return {"cpu": torch.get_rng_state()} | {f"cuda{i}": torch.cuda.get_rng_state(i) for i in _own_gpus()}
+
+
+def _own_gpus() -> Sequence[int]:
+    """Those that this process computes on: with a device map all, one of several processes its own."""
+    if not torch.cuda.is_available():
+        return []
+    return range(torch.cuda.device_count()) if distributed.count() == 1 else [torch.cuda.current_device()]
 
 
 def latest(partial: Path) -> Path | None:
@@ -141,8 +148,9 @@ def restore_training(folder: Path, optimizer: Any, scheduler: Any) -> Records:
     states = _under(tensors, f"random.{distributed.index()}.")  # none where there were fewer processes
     if "cpu" in states:
         torch.set_rng_state(states["cpu"].clone())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].clone())
+    for i in _own_gpus():
+        if f"cuda{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{i}"].clone(), i)
     records: Records = progress["records"]
     return records
 

@@ -50,22 +50,23 @@ class Prediction:
 
 
 def evaluate_task(
-    model: GainLoRAModel, tokenizer: Any, rows: Any, metric: str, max_new_tokens: int, config: Config, name: str
+    model: GainLoRAModel, tokenizer: Any, rows: Any, metric: str, config: Config, name: str
 ) -> list[Prediction]:
     """Generate and score an answer for every row, in the rows' order.
 
-    Batches hold prompts of similar length; in float32 that changes no answer.
+    Batches hold prompts of similar length; in float32 that changes no answer. Every task's answers may be as long as
+    `data.max_target_tokens`: a limit by the task's labels would tell the model which task it is, and cut what runs on
+    after a right label.
 
     Args:
         rows: tokenized test examples.
-        max_new_tokens: enough for the longest answer and its EOS.
     """
     model.eval()
     found: dict[int, Prediction] = {}
     lengths = [len(ids) for ids in rows["prompt_ids"]]
     for batch, counts in track(distributed.share(buckets(lengths, config.evaluate.batch_size)), f"evaluate {name}"):
         examples = [rows[i] for i in batch]
-        answers, a = answer_batch(model, tokenizer, examples, max_new_tokens, config.evaluate.num_beams)
+        answers, a = answer_batch(model, tokenizer, examples, config.data.max_target_tokens, config.evaluate.num_beams)
         if not counts:
             continue
         for row, (i, example, answer) in enumerate(zip(batch, examples, answers, strict=True)):

@@ -4,7 +4,7 @@
     the steps  as of any task: .task_05_<task>.partial/, at its end task_05_<task>/
     settle     result.json; next.json becomes config.json: from now on the run knows the task
     drop       takes all of that back
-    forget     result.json and config.json without the newest task, then its folders go
+    forget     forgetting.json until all is done; result.json and config.json without the newest task; its folders go
 
 Until config.json is replaced every reader finds the run as it was, whole; what a kill leaves beside it is removed by
 the next `begin` or `forget`. Nothing of a task depends on when it is learned: seeds come from (seed, index), and the
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from gainlora.config import from_dict
 from gainlora.data.own_tasks import take_task, task_name
 from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, limited
-from gainlora.errors import GainLoRAError
+from gainlora.errors import Busy, GainLoRAError
 from gainlora.learning.files import read_json, verify_checksums, write_json
 from gainlora.learning.run_folder import NEXT, OWN, data_entry, environment
 from gainlora.learning.stream import Stream
 
+FORGETTING = "forgetting.json"
+"""In a run that forgets a task: which one, and its folder's name."""
 LEARNED = "learned"
 """In config.json, of tasks beyond the order: which, when, by which code, and the option `horizon` as it was before."""
 
@@ -48,10 +50,12 @@ def begin(folder: Path, source: Path) -> Stream:
             task, the base model or test examples of an earlier task are not there or not usable. The run is as it was.
     """
     stream, name = _opened(folder), task_name(source)
+    if forgotten := _forgetting(stream):
+        raise GainLoRAError(f"{folder}: is forgetting {forgotten[0]!r}; finish that: gainlora forget {folder} --last.")
     going_on = _growing(stream)
     if going_on and stream.tasks[-1] != name:
         either = f"give that one again to finish it, or drop it first: gainlora forget {folder} --last"
-        raise GainLoRAError(f"{folder}: is learning {stream.tasks[-1]!r}; {either}.")
+        raise Busy(f"{folder}: is learning {stream.tasks[-1]!r}; {either}.")
     same = going_on or _learned(stream)[-1:] == [name]
     if not same:
         _check(stream, folder, name)
@@ -87,14 +91,17 @@ def drop(stream: Stream) -> None:
         _prune(stream)
 
 
-def newest(folder: Path) -> tuple[str, Path | None]:
-    """The task that `forget` takes from a run: its name, and its folder; None while it is only about to be learned.
+def newest(folder: Path) -> tuple[str, str | None]:
+    """The task that `forget` takes from a run: its name, and its folder's; None while it is only about to be learned.
+    Where a `forget` was stopped, its task.
 
     Raises:
         GainLoRAError: the run is not finished, has one task, or learned all at once; or the last task that stays is
             damaged.
     """
     stream = _opened(folder)
+    if forgotten := _forgetting(stream):
+        return forgotten
     if _growing(stream):
         return stream.tasks[-1], None
     _check_sequence(stream, folder)
@@ -102,11 +109,15 @@ def newest(folder: Path) -> tuple[str, Path | None]:
     if last == 1:
         raise GainLoRAError(f"{folder}: knows one task, and a run knows at least one; delete the folder.")
     verify_checksums(stream.task_folder(last - 1))
-    return stream.tasks[-1], stream.task_folder(last)
+    return stream.tasks[-1], stream.task_folder(last).name
 
 
-def forget(folder: Path) -> str:
+def forget(folder: Path, record: Callable[[], object] = lambda: None) -> str:
     """Take the newest task from a finished run, or the one that it is about to learn; the task's name.
+
+    Args:
+        record: what is to be done with the run as it is then. If it fails or the process ends before it has, the next
+            `forget` does that and takes no other task.
 
     Raises:
         GainLoRAError: as `newest`.
@@ -114,9 +125,16 @@ def forget(folder: Path) -> str:
     (name, learned), stream = newest(folder), _opened(folder)
     if learned is None:
         drop(stream)
-    else:
+        return name
+    if not _forgetting(stream):
+        write_json(stream.folder / FORGETTING, {"task": name, "folder": learned})
+    if name in stream.tasks:
         write_json(stream.folder / NEXT, _shortened(stream))
         _finish_forgetting(stream)
+    else:  # stopped when its folders were to go, or later
+        _prune(stream)
+    record()
+    (stream.folder / FORGETTING).unlink()
     return name
 
 
@@ -133,6 +151,14 @@ def _growing(stream: Stream) -> bool:
         return False
     known, to_be = (read_json(stream.folder / name, "tasks")["tasks"] for name in ("config.json", NEXT))
     return len(to_be) > len(known)
+
+
+def _forgetting(stream: Stream) -> tuple[str, str] | None:
+    """The task that a stopped `forget` took or was about to take, and its folder's name."""
+    if not (stream.folder / FORGETTING).exists():
+        return None
+    task = read_json(stream.folder / FORGETTING, "task", "folder")
+    return task["task"], task["folder"]
 
 
 def _learned(stream: Stream) -> list[str]:

@@ -36,12 +36,11 @@ class RunData:
         self, folder: Path, root: Path, config: Config, recorded: dict[str, Any], finished: Mapping[str, Path]
     ) -> None:
         self.config, self.cache = config, root / ".cache" / "tokenized"
-        self._tasks, self._room = {}, {}
+        self._tasks = {}
         order = config.order
         for name, task_folder in finished.items():
             if (file := task_folder / TEST / f"{name}.json").is_file():
-                sha256 = recorded[name]["sha256"]
-                self._tasks[name], self._room[name] = read_kept_test(file, order.template, order.metric, sha256)
+                self._tasks[name] = read_kept_test(file, order.template, order.metric, recorded[name]["sha256"])
         others = replace(order, tasks=tuple(name for name in recorded if name not in self._tasks))
         complete = replace(config.data, skip_incomplete=False)  # what it left out is not among `recorded`
         for task in load_order(others, complete, root, folder / OWN)[0] if others.tasks else []:
@@ -63,16 +62,6 @@ class RunData:
         parts = [self.rows(name, "train", model, tokenizer) for name in names]
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
-    def room(self, name: str, model: Any, tokenizer: Any) -> int:
-        """Tokens that an answer may have."""
-        if name not in self._room:
-            longest = self.config.data.max_target_tokens
-            if self.config.order.metric == "exact_match":  # answers are labels: none is longer than in training
-                longest = max(len(ids) for ids in self.rows(name, "train", model, tokenizer)["target_ids"])
-            self._room[name] = longest
-        return self._room[name]
-
-    def keep(self, name: str, task_folder: Path, model: Any, tokenizer: Any) -> None:
+    def keep(self, name: str, task_folder: Path) -> None:
         """Put what a task is tested on into the folder of the step that learns it."""
-        content = kept_test(self._tasks[name], self.room(name, model, tokenizer))
-        write_json(task_folder / TEST / f"{name}.json", content)
+        write_json(task_folder / TEST / f"{name}.json", kept_test(self._tasks[name]))

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from datetime import datetime
@@ -36,7 +37,7 @@ def run_folder(config: Config, root: Path = Path(".")) -> Path:
     data = {task.name: task.sha256 for task in load_order(config.order, config.data, root)[0]}
     parts = [config.to_dict(), _dtype(config), code_digest(), data]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-    model = Path(config.model.name).name
+    model = re.sub("[^A-Za-z0-9_.-]", "_", Path(config.model.name).name)
     return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
 
 
@@ -106,18 +107,20 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None, ow
 def _check_unchanged(folder: Path, config: Config) -> None:
     """Refuse a run whose tasks are not those of `config` any more: its results would pass for the order's."""
     where = f"runs/{folder.name}"
-    other = "or set it aside (rename the folder), or choose another seed"
     if (folder / NEXT).exists():
         raise GainLoRAError(
             f"{where}: is about to know other tasks than its order's; give the same `gainlora learn` or `gainlora "
-            f"forget` again to finish that, {other}."
+            "forget` again to finish that, or choose another seed."
         )
     described = read_json(folder / "config.json", "config", "tasks")
-    if described["config"] != config.to_dict():
+    found, asked = described["config"], config.to_dict()
+    for options in (found, asked):  # what a task learned later has fixed is the default of as many tasks
+        options["subspace"]["horizon"] = options["subspace"]["horizon"] or len(described["tasks"])
+    if found != asked:
         there = ", ".join(described["tasks"])
         raise GainLoRAError(
             f"{where}: has learned or forgotten tasks since it was made, it knows {there}; `gainlora forget {where} "
-            f"--last` and `gainlora learn {where} --task TASK` lead back, {other}."
+            f"--last` and `gainlora learn {where} --task TASK` lead back, or choose another seed."
         )
 
 

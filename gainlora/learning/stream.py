@@ -85,7 +85,7 @@ class Stream:
                 stream._model_after(0)
             except GainLoRAError:  # nothing is learned yet: an unusable model leaves no run behind
                 shutil.rmtree(folder)
-                _opened.cache_clear()
+                Stream.close_all()
                 raise
         return stream
 
@@ -97,6 +97,11 @@ class Stream:
             GainLoRAError: no run folder, or another process works in it.
         """
         return _opened(Path(folder).resolve())
+
+    @staticmethod
+    def close_all() -> None:
+        """Let go of every run that this process opened, and of its model."""
+        _opened.cache_clear()
 
     @property
     def finished(self) -> int:
@@ -214,7 +219,7 @@ class Stream:
             write_lines(partial / "predictions" / f"{name}.jsonl", [vars(p) for p in answers])
         scores = {name: sum(p.score for p in answers) / len(answers) for name, answers in predictions.items()}
         for name in self.learned_at(t):
-            self.data.keep(name, partial, *self._model())
+            self.data.keep(name, partial)
         R = [*self.accuracy_matrix(t - 1), list(scores.values())]
         learned = read_json(partial / "learned.json")
         learned["seconds"]["evaluate"] = time.perf_counter() - started
@@ -332,8 +337,8 @@ class Stream:
         """Answers on a task's test examples after step t."""
         model, tokenizer = self._model_after(t)
         model.task = self.tasks.index(name)
-        rows, room = self.data.rows(name, "test", *self._model()), self.data.room(name, *self._model())
-        return evaluate_task(model, tokenizer, rows, self.config.order.metric, room, self.config, name)
+        rows = self.data.rows(name, "test", *self._model())
+        return evaluate_task(model, tokenizer, rows, self.config.order.metric, self.config, name)
 
 
 @cache

@@ -190,7 +190,8 @@ def trace_inputs(model: Any, targets: Sequence[str]) -> dict[str, Inputs]:
     """Which input each target sees, found by one forward pass over a few tokens.
 
     Prompt and decoder get different lengths, so the length of a layer's input tells its side; layers
-    that receive the same tensor object share a group.
+    that receive the same tensor object share a group. So do a decoder's layers on the prompt's side: all see the
+    encoder's output, of which every GPU of a device map has a copy of its own.
     """
     seen: dict[str, Tensor] = {}
 
@@ -209,10 +210,12 @@ def trace_inputs(model: Any, targets: Sequence[str]) -> dict[str, Inputs]:
     finally:
         for handle in handles:
             handle.remove()
+    decoder = set(model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
+    crossing = {name for name, x in seen.items() if x.shape[1] == 3 and model.get_submodule(name) in decoder}
     found: dict[str, Inputs] = {}
     for name, x in seen.items():
-        group = next(other for other, y in seen.items() if y is x)
-        found[name] = Inputs(group, "source" if x.shape[1] == 3 else "target")
+        same = crossing if name in crossing else [other for other, y in seen.items() if y is x]
+        found[name] = Inputs(next(other for other in seen if other in same), "source" if x.shape[1] == 3 else "target")
     unused = [name for name in targets if name not in seen]
     if unused:
         raise GainLoRAError(f"lora.targets: {unused[0]} takes no part in a forward pass; leave it out.")

@@ -143,13 +143,26 @@ def checked(run: Run) -> Run:
 
     Raises:
         LookupError, TypeError, AttributeError: it is not.
+        GainLoRAError: one of its names, which become parts of paths, would lead out of a folder.
     """
+    for name in (run.run_id, *map(str, [run.config["order"], run.config["method"], *run.config["tasks"]])):
+        check_part(name, f"{run.folder or run.run_id}")
     run = replace(run, config={**run.config, "config": _with_defaults(run.config["config"])})
     _ = run.run_id, run.model, run.result, run.config["code"], run.config["dtype"], run.config["config"]["gate"]
     _ = [(run.data[task]["sha256"], run.data[task]["test"]) for task in run.tasks]
     _ = [score + 0.0 for row in run.R for score in row if score is not None]  # numbers
     _ = [(step.scores["seconds"]["train"], step.subspace["gate"]) for step in run.steps]
     return run
+
+
+def check_part(name: str, where: str) -> None:
+    """Refuse a name that is no plain part of a path: runs of others are read, too.
+
+    Raises:
+        GainLoRAError: it is not; `where` says whose name it is.
+    """
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise GainLoRAError(f"{where}: the name {name!r} would lead out of its folder; use no file of this origin.")
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def retire(folder: Path, task_folder: str, task: str, tracking: dict[str, Any], 
     """Set aside the parent run, and the newest task's run, of a run folder that is to forget this task.
 
     What a metric was at a step cannot be taken back, so `record_run` makes the parent anew from the folder. The old one
-    says what was forgotten, and keeps what the model registry has of it.
+    says what was forgotten, and keeps what the model registry has of it. Done again it changes nothing.
 
     Args:
         folder: runs/<run_id>.
@@ -187,8 +187,11 @@ def retire(folder: Path, task_folder: str, task: str, tracking: dict[str, Any], 
         root: the project's folder.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    task_key = f"{folder.name}/{task_folder}"
     with store(tracking, root) as (client, experiment):
-        for key in (f"{folder.name}/{task_folder}", folder.name):
+        if not _find(client, experiment, task_key):
+            return
+        for key in (folder.name, task_key):  # the task's last: it says that both are done
             if found := _find(client, experiment, key):
                 client.update_run(found.info.run_id, name=f"{found.info.run_name} (forgot {task}, {now})")
                 client.set_tag(found.info.run_id, FORGOT, task)

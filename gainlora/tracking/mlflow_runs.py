@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gainlora.errors import GainLoRAError
-from gainlora.tracking.folder import Run, read_run
+from gainlora.tracking.folder import Run, check_part, read_run
 from gainlora.tracking.mlflow import DONE, FORGOT, KEY, PARENT
 from gainlora.tracking.store import store, tracking_uri
 
@@ -128,6 +128,9 @@ def _all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
 
 def _fetch(client: MlflowClient, parent: MlflowRun, children: Sequence[MlflowRun], root: Path) -> Run:
     """Put a run's files together under `root` and read them."""
+    for recorded in (parent, *children):
+        for part in recorded.data.tags[KEY].split("/"):
+            check_part(part, f"MLflow run {recorded.info.run_id}")
     folder = root / parent.data.tags[KEY]
     _download(client, parent, folder, ("config.json", "data.json"))
     stored = {}

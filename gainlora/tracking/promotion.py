@@ -7,14 +7,15 @@ The alias moves to a finished run that
     an FT, over all its tasks, that is not above `promote.max_forgetting`.
 
 A run that learned one more task is so compared on the tasks that both know. What is not promoted is not registered. The
-version that a champion replaced is kept in its tag, so `rollback` leads back step by step.
+version that a champion replaced is kept in its tag, so `rollback` leads back step by step; a version that it led away
+from does not come back by itself.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 REPLACED = "gainlora.replaced"
 """Tag of a champion: the version that was it before."""
+TAKEN_BACK = "gainlora.taken_back"
+"""Tag of a version that `rollback` led away from."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ def promote(folder: Path, uri: str, max_forgetting: float | None) -> Decision:
             return decision
         version = str(register(folder, uri))
         with connect(uri) as client:
+            if TAKEN_BACK in client.get_model_version(model, version).tags:
+                return replace(
+                    decision, promoted=False, reason=f"stays: `gainlora rollback` took version {version} back"
+                )
             now = _champion(client, model)
             if now not in (there, version):  # another run was faster: compare with that one
                 continue
@@ -143,6 +150,7 @@ def rollback(order: str, uri: str) -> tuple[str, str]:
         before = client.get_model_version(model, version).tags.get(REPLACED)
         if before is None:
             raise GainLoRAError(f"{model}: version {version} was the first champion, so there is none to go back to.")
+        client.set_model_version_tag(model, version, TAKEN_BACK, "true")
         client.set_registered_model_alias(model, CHAMPION, before)
         return version, before
 
@@ -160,8 +168,11 @@ def follow(folder: Path, uri: str) -> str | None:
         champion = _run_of(client, model, there) if there else None
     if champion is None or champion.run_id != run.run_id or champion.tasks == run.tasks:
         return None
+    assert there is not None
     version = str(register(folder, uri))
     with connect(uri) as client:
+        if (before := client.get_model_version(model, there).tags.get(REPLACED)) not in (None, version):
+            client.set_model_version_tag(model, version, REPLACED, before)
         client.set_registered_model_alias(model, CHAMPION, version)
     return version
 

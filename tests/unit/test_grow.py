@@ -161,16 +161,28 @@ def test_a_stopped_addition_goes_on_or_is_dropped(copied, stop):
     assert content(folder) == before
 
 
-def test_a_stopped_forget_goes_on(copied, monkeypatch):
+@pytest.mark.parametrize("stop", ["before", "next.json", "pruned", "recorded"])
+def test_a_stopped_forget_takes_the_same_task_again_and_no_other(copied, monkeypatch, stop):
     folder, source = copied
     before = content(folder)
     add(folder, source)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grow, "_finish_forgetting", lambda stream: (_ for _ in ()).throw(KeyboardInterrupt))
-        grow.forget(folder)
+        place = {"before": "_shortened", "next.json": "_finish_forgetting", "pruned": "_prune"}.get(stop)
+        if place:
+            patch.setattr(grow, place, interrupt)
+        grow.forget(folder, interrupt)
     as_another_process()
-    assert grow.newest(folder)[0] == "task2"  # not a second one
-    assert content(folder) == before
+    with pytest.raises(GainLoRAError, match=r"is forgetting 'task3'; finish that: gainlora forget .* --last"):
+        grow.begin(folder, source)
+    as_another_process()
+    recorded = []
+    assert grow.forget(folder, lambda: recorded.append(content(folder))) == "task3"
+    assert len(recorded) == 1 and recorded[0].pop("forgetting.json") and recorded[0] == before == content(folder)
+    assert grow.newest(folder)[0] == "task2"
 
 
 def test_a_failed_addition_leaves_the_run_as_it_was(copied, monkeypatch):

@@ -117,6 +117,24 @@ def test_cached_generation_equals_uncached_and_batches_equal_single(kind, beams)
         assert torch.equal(model.generate(**alone, **options)[0, -6:], answers[i])
 
 
+def test_a_decoders_layers_on_the_encoders_output_share_an_input_wherever_they_are():
+    """As under a device map, where each GPU has its own copy of the encoder's output."""
+    base = tiny_t5()
+    targets = find_targets(base, ["k", "v"])
+    whole = trace_inputs(base, targets)
+    assert len({found.group for name, found in whole.items() if "EncDecAttention" in name}) == 1
+
+    def copied(value):
+        return value.clone() if isinstance(value, torch.Tensor) and value.shape == (1, 3, 32) else value
+
+    def to_another_gpu(block, args, kwargs):
+        return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
+
+    for block in base.decoder.block:
+        block.register_forward_pre_hook(to_another_gpu, with_kwargs=True)
+    assert trace_inputs(base, targets) == whole
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_loss_is_that_of_all_logits(kind):
     """Computing logits on target positions only changes nothing, nor does padding."""

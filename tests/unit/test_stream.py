@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gainlora import rules
 from gainlora.errors import GainLoRAError
+from gainlora.learning import evaluate
 from gainlora.learning import stream as stream_module
 from gainlora.learning.stream import Stream
 from gainlora.model.gainlora_model import GainLoRAModel
@@ -302,3 +303,19 @@ def test_the_last_task_folder_is_a_model(tmp_path):
     stream = learn(project(tmp_path))
     model = GainLoRAModel.from_pretrained(stream.task_folder(3))
     assert model.config.tasks == ("task1", "task2", "task3") and model.branches == 3
+
+
+def test_answers_may_be_as_long_for_every_task(tmp_path, monkeypatch):
+    """Labels of a task are no limit: what runs on after a right label is wrong, and the limit would name the task."""
+    stream = learn(project(tmp_path))
+    limits, answer_batch = set(), evaluate.answer_batch
+
+    def watched(model, tokenizer, rows, max_new_tokens, num_beams):
+        limits.add(max_new_tokens)
+        return answer_batch(model, tokenizer, rows, max_new_tokens, num_beams)
+
+    monkeypatch.setattr(evaluate, "answer_batch", watched)
+    assert stream.config.order.metric == "exact_match"
+    for name in stream.tasks:
+        stream._predict(name, 3)
+    assert limits == {stream.config.data.max_target_tokens}
