@@ -88,10 +88,8 @@ def check_place(deployment: Any, url: str) -> None:
     for step in deployment.pull_steps or []:
         place = (step.get("prefect.deployments.steps.set_working_directory") or {}).get("directory")
         if place and Path(place).resolve() != Path.cwd():
-            raise GainLoRAError(
-                f"{url}: belongs to {place}: its deployments run there; work in that folder, or start a server for "
-                "this one: PREFECT_PORT=4300 make serve."
-            )
+            own = "work in that folder, or start a server for this one: PREFECT_PORT=4300 make serve"
+            raise GainLoRAError(f"{url.rstrip('/')}: belongs to {place}: its deployments run there; {own}.")
 
 
 def start(jobs: int | None = None) -> None:

@@ -152,12 +152,17 @@ def check_run(config: Config) -> None:
 
 
 def _repair(options: argparse.Namespace) -> int:
+    from gainlora.learning.files import read_json
+    from gainlora.learning.grow import LEARNED
     from gainlora.learning.repair import repair
+    from gainlora.learning.run_folder import OWN
 
     kept, gone = repair(options.run, options.from_task)
     for name in gone:
         print(f"dropped {name}")
-    again = "; the command that made the run goes on from there" if gone else ""
+    learned = read_json(options.run / "config.json").get(LEARNED)
+    command = f"`gainlora learn {options.run} --task {options.run / OWN / learned[-1]['task']}`" if learned else ""
+    again = f"; {command or 'the command that made the run'} goes on from there" if gone else ""
     print(f"{options.run}: {kept} good tasks{again}")
     return 0
 

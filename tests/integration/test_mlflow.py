@@ -277,9 +277,12 @@ def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: P
     with store(broken, root) as (_, experiment):
         client.create_run(experiment, tags={"gainlora.key": "old-run"})
         client.create_run(experiment, run_name="of somebody else")
+        client.create_run(experiment, tags={"gainlora.key": "../out"})
     with tracked_runs(broken, root) as found:
         assert found == []
-    assert "left out: MLflow's run old-run: its artifact config.json is missing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out: MLflow's run old-run: its artifact config.json is missing" in said
+    assert "the name '..' would lead out of its folder" in said
     with pytest.raises(GainLoRAError, match="is not there, so there are no runs"), tracked_runs(TRACKING, tmp_path):
         pass
     assert not (tmp_path / "mlruns").exists()

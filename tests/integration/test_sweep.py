@@ -112,3 +112,13 @@ def test_jobs_are_those_of_the_worker_that_is_there(served):
     assert "jobs: 3: the worker that is there runs 2 at once" in served(*SWEEP, "tiny", "--jobs", "3", code=1)
     threads = [psutil.Process(pid).environ()["OMP_NUM_THREADS"] for pid in served.processes().values()]
     assert threads == [os.environ["OMP_NUM_THREADS"]] * 3  # what the user set stays
+
+
+def test_another_folders_server_is_not_this_ones(served, tmp_path, model):
+    """Both would use the same port; the runs would be of the other folder's params.yaml."""
+    other = Project(tmp_path, model)
+    other.environment["PREFECT_PORT"] = served.port
+    for command in ((*SWEEP, "tiny", "--seeds", "53"), ("prefect", "deployment", "run", "continual-any")):
+        said = other(*command, code=1)
+        assert f"/api: belongs to {served.folder}: its deployments run there; work in that folder" in said
+    assert not list(served.folder.glob("runs/*-53-*"))

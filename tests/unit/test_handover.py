@@ -79,7 +79,7 @@ def test_answers_are_those_of_the_run(learned, kind, method):
     tasks = ("task2",) if method == "single" else ("task1", "task2", "task3")
     expected = [json.loads(line) for n in tasks for line in (last / "predictions" / f"{n}.jsonl").open()]
     prompts = [prompt(folder, n, i) for n in tasks for i in range(8)]
-    answers = predictor.answer(prompts, max_new_tokens=2, task=tasks[0] if method == "single" else None)
+    answers = predictor.answer(prompts, task=tasks[0] if method == "single" else None)
     assert [a.text for a in answers] == [e["prediction"] for e in expected]
     for answer, e in zip(answers, expected, strict=True):
         assert answer.coefficients == pytest.approx(e["coefficients"], abs=1e-4)

@@ -106,3 +106,17 @@ def test_options_that_an_older_version_did_not_know_have_their_defaults(tmp_path
     del described["config"]["train"]["penalty_weight"], described["config"]["evaluate"]["num_beams"]
     (folder / "config.json").write_text(json.dumps(described))
     assert read_run(folder) == run
+
+
+@pytest.mark.parametrize("key", ["run_id", "order", "method", "tasks"])
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", ".hidden", ""])
+def test_a_foreign_file_writes_nowhere_else(tmp_path: Path, key: str, name: str) -> None:
+    """Names in it become parts of the report's paths."""
+    path = tmp_path / "in" / "x.json"
+    write_result_file(read_run(write_run(tmp_path, R, tasks=THREE)), path)
+    content = json.loads(path.read_text())
+    content[key] = [name, *THREE[1:]] if key == "tasks" else name
+    content["data"][name] = content["data"][THREE[0]]
+    path.write_text(json.dumps(content))
+    with pytest.raises(GainLoRAError, match="would lead out of its folder"):
+        read_result_file(path)
