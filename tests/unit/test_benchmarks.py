@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_every_group_of_a_model_runs(name, monkeypatch):
         covariance.row(name, rounds=1),
         subspaces.row(name, rounds=1),
     ]
-    assert all(row.ratio > 0 and row.detail for row in rows)
+    assert all(math.isfinite(row.ratio) and row.detail for row in rows)  # a difference of times may be below 0
     assert len({row.name for row in rows}) == len(rows)
 
 
