@@ -33,7 +33,7 @@ lock: env
 	@test -x .cache/uv/bin/uv || { python -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet uv==0.13.8; }
 	@{ echo "# constraints.txt with the SHA-256 of each version's files, by \`make lock\`; without torch: docs/security.md"; \
 		grep -v '^torch==' constraints.txt | .cache/uv/bin/uv pip compile --quiet --generate-hashes --no-deps \
-		--python-version 3.11.7 --no-header --no-annotate -; } > .cache/requirements.lock
+		--python-version 3.11.2 --no-header --no-annotate -; } > .cache/requirements.lock
 	@mv .cache/requirements.lock requirements.lock
 
 run: env ## learn the four embedded tasks (dvc repro: only what changed) and show the result
