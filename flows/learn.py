@@ -29,20 +29,21 @@ STILL = 30
 DONE, FAILED = "done", "failed"
 
 
-@flow(name="learn", flow_run_name="{task}", validate_parameters=True)
-def learn(run: str, task: str) -> Any:
+@flow(name="learn", flow_run_name="{run}", validate_parameters=True)
+def learn(run: str, task: str | None = None) -> Any:
     """Teach a finished run one more task.
 
     Args:
         run: its folder.
-        task: a folder with train.json and test.json, or one file, of which a fifth is held out to test.
+        task: a folder with train.json and test.json, or one file, of which a fifth is held out to test; None: the run
+            learns those of its tasks that it lacks, as after `gainlora repair`.
 
     Returns:
         The content of result.json, now with the task. What cannot be learned ends the flow run as Failed with one
         message, and the run is as it was.
     """
     try:
-        return learn_task(Path(run), Path(task))
+        return learn_task(Path(run), Path(task) if task else None)
     except GainLoRAError as error:
         return Failed(message=str(error))
 
@@ -75,13 +76,13 @@ def inbox(folder: str = "inbox") -> Any:
     return (Failed if FAILED in dict(became) else Completed)(message=message)
 
 
-def learn_task(folder: Path, source: Path) -> dict[str, Any]:
+def learn_task(folder: Path, source: Path | None) -> dict[str, Any]:
     """The chain of steps; GainLoRAError with the run as it was where the task cannot be learned."""
-    place, names, finished = begin(str(folder), str(source))
+    place, names, finished = begin(str(folder), source and str(source))
     progress = Progress(0, key=continual.artifact_key("progress", place))
     total, processes = len(names), continual.section("launch")
     steps = [{"folder": place, "t": t, "total": total, "name": name} for t, name in enumerate(names, start=1)]
-    steps = steps[min(finished, total - 1) :]  # one, but where `gainlora repair` took what was below it
+    steps = steps[min(finished, total - 1) :]  # one; more where `gainlora repair` took some
     try:
         for n, step in enumerate(steps):
             if processes["num_processes"] > 1 and finished < total:
@@ -107,19 +108,22 @@ def learn_task(folder: Path, source: Path) -> dict[str, Any]:
 # ---- the steps ----------------------------------------------------------------------------------
 
 
-@task(task_run_name="begin {source}")
-def begin(folder: str, source: str) -> tuple[str, list[str], int]:
+@task(task_run_name="begin {folder}")
+def begin(folder: str, source: str | None) -> tuple[str, list[str], int]:
     """Check run and task, and take the task into the run folder: its path, its tasks, how many of them are finished."""
     from gainlora.learning import grow
 
-    stream = grow.begin(Path(folder), Path(source))
-    name = stream.tasks[-1]
-    counts = stream.recorded[name]
-    held_out = ", held out of the one file" if Path(source).suffix == ".json" else ""
-    get_run_logger().info(f"{name}: {counts['train']} examples to train, {counts['test']} to test{held_out}")
+    stream = grow.begin(Path(folder), Path(source) if source else None)
+    if source:
+        counts = stream.recorded[stream.tasks[-1]]
+        held_out = ", held out of the one file" if Path(source).suffix == ".json" else ""
+        what = f"{stream.tasks[-1]}: {counts['train']} examples to train, {counts['test']} to test{held_out}"
+    else:
+        what = f"{folder}: {stream.finished} of {len(stream.steps)} tasks are learned; --task names one more"
+    get_run_logger().info(what)
     if otherwise := grow.differences(stream):
         get_run_logger().warning(
-            f"not as when {folder} began, so the result may differ from an order's that had {name} from the start: "
+            f"not as when {folder} began, so the result may differ from an order's that had all tasks from the start: "
             + "; ".join(otherwise)
         )
     return str(stream.folder), list(stream.steps), stream.finished

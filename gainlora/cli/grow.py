@@ -13,8 +13,9 @@ def add(commands: Commands) -> None:
     learn = commands.add_parser("learn", help="teach a finished run one more task")
     learn.add_argument("run", type=Path, metavar="RUN", help="a folder under runs/")
     learn.add_argument(
-        "--task", type=Path, required=True,
-        help="a folder with train.json and test.json, or one such file, of which a fifth is held out to test",
+        "--task", type=Path,
+        help="a folder with train.json and test.json, or one such file, of which a fifth is held out to test; without "
+        "it the run learns those of its tasks that it lacks, as after `gainlora repair`",
     )  # fmt: skip
     learn.set_defaults(command=_learn)
 
@@ -33,7 +34,7 @@ def _learn(options: argparse.Namespace) -> int:
     from gainlora.learning.files import read_json
 
     read_json(options.run / "config.json")  # before a server starts; the flow checks all the rest
-    return run_flow({"run": str(options.run), "task": str(options.task)}, flow="learn")
+    return run_flow({"run": str(options.run), "task": options.task and str(options.task)}, flow="learn")
 
 
 def _forget(options: argparse.Namespace) -> int:

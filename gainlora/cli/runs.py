@@ -155,14 +155,12 @@ def _repair(options: argparse.Namespace) -> int:
     from gainlora.learning.files import read_json
     from gainlora.learning.grow import LEARNED
     from gainlora.learning.repair import repair
-    from gainlora.learning.run_folder import OWN
 
     kept, gone = repair(options.run, options.from_task)
     for name in gone:
         print(f"dropped {name}")
-    learned = read_json(options.run / "config.json").get(LEARNED)
-    command = f"`gainlora learn {options.run} --task {options.run / OWN / learned[-1]['task']}`" if learned else ""
-    again = f"; {command or 'the command that made the run'} goes on from there" if gone else ""
+    made = "" if read_json(options.run / "config.json").get(LEARNED) else "the command that made the run, or "
+    again = f"; {made}`gainlora learn {options.run}` goes on from there" if gone else ""
     print(f"{options.run}: {kept} good tasks{again}")
     return 0
 

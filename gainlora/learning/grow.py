@@ -36,11 +36,12 @@ LEARNED = "learned"
 """In config.json, of tasks beyond the order: which, when, by which code, and the option `horizon` as it was before."""
 
 
-def begin(folder: Path, source: Path) -> Stream:
+def begin(folder: Path, source: Path | None) -> Stream:
     """Open a finished run to learn the task in `source`; the same one, begun before, goes on or is there already.
 
     Args:
-        source: a task's folder, or one file (`gainlora.data.own_tasks.take_task`).
+        source: a task's folder, or one file (`gainlora.data.own_tasks.take_task`); None: no other task than those
+            that the run lacks, after `repair` or where it was stopped.
 
     Returns:
         The run's Stream; its last step is the new task.
@@ -49,9 +50,13 @@ def begin(folder: Path, source: Path) -> Stream:
         GainLoRAError: the run is not finished, learns all tasks at once, knows such a task, or is in progress; the
             task, the base model or test examples of an earlier task are not there or not usable. The run is as it was.
     """
-    stream, name = _opened(folder), task_name(source)
+    stream = _opened(folder)
     if forgotten := _forgetting(stream):
         raise GainLoRAError(f"{folder}: is forgetting {forgotten[0]!r}; finish that: gainlora forget {folder} --last.")
+    if source is None:
+        _check_parts(stream)
+        return stream
+    name = task_name(source)
     going_on = _growing(stream)
     if going_on and stream.tasks[-1] != name:
         either = f"give that one again to finish it, or drop it first: gainlora forget {folder} --last"
@@ -179,7 +184,13 @@ def _check(stream: Stream, folder: Path, name: str) -> None:
         how = "left out" if name in stream.skipped else "learned"
         raise GainLoRAError(f"--task: {name!r}: was {how} by {folder}; give the task's folder or file a new name.")
     from_dict(_extended(stream, name)["config"])  # is it a name?
-    verify_checksums(stream.task_folder(len(stream.steps)))
+    _check_parts(stream)
+
+
+def _check_parts(stream: Stream) -> None:
+    """Refuse what a new task cannot be learned on."""
+    if stream.finished:
+        verify_checksums(stream.task_folder(stream.finished))
     resolve_model(stream.config.model.location, stream.root)
     _ = stream.data  # what earlier tasks are tested on
 
@@ -189,8 +200,8 @@ def _check_sequence(stream: Stream, folder: Path) -> None:
         raise GainLoRAError(f"{folder}: {stream.config.method} learns all tasks at once, so none can come or go alone.")
     if stream.finished < len(stream.steps):
         raise GainLoRAError(
-            f"{folder}: {stream.finished} of {len(stream.steps)} tasks are learned; finish the run first, with the "
-            "command that made it."
+            f"{folder}: {stream.finished} of {len(stream.steps)} tasks are learned; finish the run first: "
+            f"gainlora learn {folder}"
         )
 
 

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,11 @@ class Stream:
         self.folder, self.root = folder, folder.parent.parent
         read_json(folder / "config.json")
         self._lock = None if distributed.index() else hold(folder)
-        self.read()
+        try:
+            self.read()
+        except BaseException:
+            self.close()
+            raise
 
     def read(self) -> None:
         """Read the run's description, now or as it is about to be (`gainlora.learning.grow`)."""
@@ -96,12 +100,22 @@ class Stream:
         Raises:
             GainLoRAError: no run folder, or another process works in it.
         """
-        return _opened(Path(folder).resolve())
+        folder = Path(folder).resolve()
+        if folder not in _opened:
+            _opened[folder] = Stream(folder)
+        return _opened[folder]
 
     @staticmethod
     def close_all() -> None:
         """Let go of every run that this process opened, and of its model."""
-        _opened.cache_clear()
+        while _opened:
+            _opened.popitem()[1].close()
+
+    def close(self) -> None:
+        """Let others hold the run. Not left to the garbage collector: an error's traceback may keep this object."""
+        self._loaded = None
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def finished(self) -> int:
@@ -341,6 +355,4 @@ class Stream:
         return evaluate_task(model, tokenizer, rows, self.config.order.metric, self.config, name)
 
 
-@cache
-def _opened(folder: Path) -> Stream:
-    return Stream(folder)
+_opened: dict[Path, Stream] = {}

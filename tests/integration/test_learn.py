@@ -109,6 +109,19 @@ def test_two_processes_teach_it_too(served):
     assert (folder / "result.json").read_bytes() == before
 
 
+def test_a_run_that_was_repaired_learns_what_it_lacks(served):
+    """The command needs no task, and no other command to be remembered."""
+    folder, before = run_of(served), parent(served)
+    kept = {p: p.read_bytes() for p in (folder / "result.json", folder / "task_02_task2" / "adapter_model.safetensors")}
+    said = served("gainlora", "repair", f"runs/{folder.name}", "--from-task", "2")
+    assert f"1 good tasks; the command that made the run, or `gainlora learn runs/{folder.name}` goes on" in said
+    assert not (folder / "result.json").exists()
+    for _ in range(2):  # the second time there is nothing left to learn
+        served("gainlora", "learn", f"runs/{folder.name}")
+        assert {p: p.read_bytes() for p in kept} == kept
+        assert parent(served) == before
+
+
 def test_the_inbox(served):
     """A good task is learned, a bad one put aside with its reason, an unfinished one and those of a busy run stay."""
     run = run_of(served)

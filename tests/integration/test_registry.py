@@ -65,7 +65,7 @@ def test_a_forget_that_was_stopped_while_it_is_recorded_takes_no_second_task(roo
     assert main(["forget", str(better), "--last"]) == 0
     assert f"{better}: forgot task3\nchampion of its order: version 5" in capsys.readouterr().out
     assert json.loads((better / "result.json").read_text())["tasks"] == ["task1", "task2"]
-    assert client.get_model_version_by_alias("gainlora-tiny", "champion").version == "5"
+    assert client.get_model_version_by_alias("gainlora-tiny", "champion").version == 5
     assert main(["rollback", "tiny"]) == 0
     assert client.get_model_version_by_alias("gainlora-tiny", "champion").version == champion
 

@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 
-from gainlora.learning import stream as stream_module
 from gainlora.learning import trainer
 from gainlora.learning.checkpoint import Checkpoints, latest
 from gainlora.learning.stream import Stream
@@ -35,7 +34,7 @@ class Stopped(Exception):
 
 def run(root, method) -> None:
     """The whole stream, as a new process would find its folder."""
-    stream_module._opened.cache_clear()
+    Stream.close_all()
     stream = Stream.create(load_config("tiny", root / "params.yaml", {"method": method}), root)
     try:
         for t in range(1, len(stream.steps) + 1):

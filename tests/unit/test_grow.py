@@ -12,7 +12,6 @@ import yaml
 from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
 from gainlora.learning import grow
-from gainlora.learning import stream as stream_module
 from gainlora.learning.repair import repair
 from gainlora.learning.rerun import rerun
 from gainlora.learning.stream import Stream
@@ -29,7 +28,7 @@ LEARN = (
 
 
 def as_another_process():
-    stream_module._opened.cache_clear()
+    Stream.close_all()
 
 
 def shorter(root: Path, **overrides) -> Path:
@@ -258,6 +257,23 @@ def test_the_same_task_again_is_there_already_and_mends_what_was_repaired(copied
     (source / "train.json").write_text(json.dumps({"Instances": instances, "Definition": "Sort task 3"}))
     with pytest.raises(GainLoRAError, match="knows another task 'task3'; give it a new name"):
         grow.begin(folder, source)
+
+
+def test_a_shorter_run_goes_on_by_itself_after_repair(two, tmp_path):
+    """No order of params.yaml describes it any more."""
+    root = shutil.copytree(two.parent.parent, tmp_path / "all")
+    folder = root / "runs" / two.name
+    as_another_process()
+    kept = content(folder / "task_01_task1")
+    assert grow.forget(folder) == "task2"
+    shutil.rmtree(folder / "task_01_task1")
+    with pytest.raises(GainLoRAError, match=rf"0 of 1 tasks are learned; .* first: gainlora learn {folder}$"):
+        grow.forget(folder)
+    stream = grow.begin(folder, None)
+    stream.finish(1)
+    assert grow.settle(stream)["tasks"] == ["task1"]
+    again = content(folder / "task_01_task1")
+    assert {name: again[name] for name in STATE[:3]} == {name: kept[name] for name in STATE[:3]}
 
 
 def test_commands(copied, capsys):

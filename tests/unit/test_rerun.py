@@ -16,6 +16,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning import stream as stream_module
 from gainlora.learning.rerun import differences, rerun
 from gainlora.learning.run_folder import PACKAGES, code_digest, hold
+from gainlora.learning.stream import Stream
 from gainlora.learning.trainer import derive_seed
 from tests.unit.test_checkpoint import run, tensors
 from tests.unit.test_stream import learn, project
@@ -62,7 +63,7 @@ def test_a_tasks_randomness_comes_from_seed_and_task_alone(tmp_path, monkeypatch
     expected = learn(root, method=method)
     made = [tensors(expected.task_folder(t)) for t in (1, 2, 3)]
     shutil.rmtree(expected.folder)
-    stream_module._opened.cache_clear()
+    Stream.close_all()
     for name in ("prepare_task", "train_task", "update_memory", "evaluate_task"):
         original = getattr(stream_module, name)
 
@@ -105,6 +106,6 @@ def test_what_differs_is_said(finished, tmp_path, capsys):
 def test_a_rerun_needs_a_run(tmp_path, finished):
     with pytest.raises(GainLoRAError, match=r"config\.json: not found"):
         rerun(tmp_path)
-    stream_module._opened.cache_clear()
+    Stream.close_all()
     with hold(finished):  # it is only read
         assert rerun(finished)[1] == []

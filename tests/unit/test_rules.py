@@ -250,7 +250,7 @@ def test_what_a_rule_keeps_survives_a_restart(tmp_path, method):
     expected = learn(one, method=method)
     options = {"method": method, "model__name": str(one / "base")}
     stopped = learn(other, **options)
-    stream_module._opened.cache_clear()  # as another process would find the folder
+    Stream.close_all()  # as another process would find the folder
     stopped._lock.close()
     for t in (2, 3):
         shutil.rmtree(stopped.task_folder(t))

@@ -14,6 +14,7 @@ from gainlora import rules
 from gainlora.errors import GainLoRAError
 from gainlora.learning import evaluate
 from gainlora.learning import stream as stream_module
+from gainlora.learning.run_folder import hold
 from gainlora.learning.stream import Stream
 from gainlora.model.gainlora_model import GainLoRAModel
 from gainlora.params import load_config
@@ -280,6 +281,18 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path):
     code = "import sys; from gainlora.learning.stream import Stream; Stream.open(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(stream.folder)], capture_output=True, text=True, check=False)
     assert "in progress already (process " in done.stderr and done.returncode != 0
+
+
+def test_a_run_is_let_go_of_though_something_still_refers_to_it(tmp_path):
+    """An error's traceback keeps what its frames refer to."""
+    stream = learn(project(tmp_path))
+    Stream.close_all()
+    hold(stream.folder).close()
+    (stream.folder / "data.json").write_text("{}")
+    with pytest.raises(GainLoRAError, match=r"data\.json") as kept:
+        Stream.open(stream.folder)
+    hold(stream.folder).close()
+    assert kept.value.__traceback__
 
 
 def test_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
