@@ -15,7 +15,7 @@ STATE = ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors"
 
 
 def differences(folder: Path) -> list[str]:
-    """What a run's config.json and data.json say and is not so here and now: code, versions, device, data.
+    """What a run's config.json and data.json say and is not so here and now: code, base, versions, device, data.
 
     Raises:
         GainLoRAError: no run folder, or its data or model are not there.
@@ -23,7 +23,7 @@ def differences(folder: Path) -> list[str]:
     keys = ("config", "code", "dtype", "device", "tasks", "versions")
     then, then_data = read_json(folder / "config.json", *keys), read_json(folder / "data.json")
     now, now_data = describe(from_dict(then["config"]), folder.resolve().parent.parent, folder / OWN)
-    pairs = {key: (then[key], now[key]) for key in ("code", "dtype", "device", "tasks")}
+    pairs = {k: (then[k], now[k]) for k in ("code", "base", "dtype", "device", "tasks") if k in then}
     pairs |= {name: (version, now["versions"].get(name)) for name, version in then["versions"].items()}
     pairs |= {name: (entry["sha256"], now_data.get(name, {}).get("sha256")) for name, entry in then_data.items()}
     return [f"{name}: {_short(old)} then, {_short(new)} now" for name, (old, new) in pairs.items() if old != new]

@@ -19,7 +19,7 @@ from gainlora.data.sources import dvc_hash, resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import Busy, GainLoRAError
 from gainlora.learning.files import read_json, write_json
-from gainlora.model.base import pick_device, pick_dtype
+from gainlora.model.base import pick_device, pick_dtype, weights_digest
 
 LEARNING_CODE = ("config.py", "plain.py", "reading.py", "distributed.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
@@ -35,7 +35,7 @@ PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safe
 def run_folder(config: Config, root: Path = Path(".")) -> Path:
     """runs/<order>-<method>-<model>-<seed>-<digest>; the digest covers all that decides the result."""
     data = {task.name: task.sha256 for task in load_order(config.order, config.data, root)[0]}
-    parts = [config.to_dict(), _dtype(config), code_digest(), data]
+    parts = [config.to_dict(), _dtype(config), code_digest(), data, _base(config, root)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
     model = re.sub("[^A-Za-z0-9_.-]", "_", Path(config.model.name).name)
     return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
@@ -63,6 +63,7 @@ def describe(config: Config, root: Path = Path("."), own: Path | None = None) ->
         "skipped": skipped,
         "config": config.to_dict(),
         "dtype": _dtype(config),
+        "base": _base(config, root),
         **environment(),
     }
     return described, data
@@ -157,6 +158,12 @@ def code_digest() -> str:
             digest.update(str(file.relative_to(package)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _base(config: Config, root: Path) -> str | None:
+    """What tells the base model's weights from others; None for a hub id, which may not be here yet."""
+    location = Path(resolve_model(config.model.location, root))
+    return weights_digest(location) if location.is_dir() else None
 
 
 def _dtype(config: Config) -> str:

@@ -320,6 +320,7 @@ class Stream:
                 gate_score=config.gate.score,
                 covariance_blocks=config.subspace.covariance_blocks,
                 horizon=self.horizon,
+                base_digest=base.weights_digest,
             )
             model = GainLoRAModel(base, adapter)
         else:

@@ -6,12 +6,15 @@ its name.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gainlora import distributed
@@ -19,6 +22,8 @@ from gainlora.errors import GainLoRAError
 
 ATTENTION_PROJECTIONS = (("q_proj", "v_proj"), ("q", "v"))
 """Query and value projections by the names that Llama-like and T5-like models give them."""
+EDGE = 4096
+"""Values at each end of a tensor that `weights_digest` looks at."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,33 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def weights_digest(folder: Path) -> str | None:
+    """What tells a base model's weights from others: SHA-256 over name, type, shape and both ends of every tensor.
+
+    The same however the tensors are split into files. Not over every byte, which for a 7B model would take half a
+    minute at each start: whoever trains a model changes its tensors from end to end. None: no tensors there.
+
+    Raises:
+        GainLoRAError: a file is damaged.
+    """
+    tensors = []
+    for path in folder.glob("model*.safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dictionary
+                    tensor = file.get_tensor(name)  # mapped into memory: only what is looked at is read
+                    values = tensor.flatten()
+                    ends = torch.cat([values[:EDGE], values[-EDGE:]]).view(torch.uint8).numpy().tobytes()
+                    tensors.append(f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(ends).hexdigest()}")
+        except (OSError, SafetensorError) as error:
+            raise GainLoRAError(
+                f"model.name: {path}: cannot be loaded ({error}); get the whole checkpoint again."
+            ) from None
+    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest() if tensors else None
+
+
 def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The base model (eval mode, frozen) and its tokenizer.
+    """The base model (eval mode, frozen) and its tokenizer. Its attribute `weights_digest` tells it from others.
 
     Args:
         source: local folder or hub id.
@@ -62,6 +92,7 @@ def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) ->
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
+    from transformers.utils.hub import cached_file
 
     logging.disable_progress_bar()  # a run has bars of its own
     loaded: dict[str, Any]
@@ -109,6 +140,8 @@ def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) ->
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
+    files = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+    model.weights_digest = weights_digest(files)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -68,6 +68,12 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()))
         base.to(pick_device())
+    found = getattr(base, "weights_digest", None)  # None: not loaded by `load_base`
+    if config.base_digest and found and found != config.base_digest:
+        raise GainLoRAError(
+            f"{folder}: was learned on a base model {config.base_model!r} with other weights than {base.name_or_path} "
+            "has; give the one that it was learned on, or learn it again on this one."
+        )
     model = cls(base, config)
     branches = _Tensors(folder / BRANCHES, config)
     first = next(iter(model.layers))

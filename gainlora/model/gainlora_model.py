@@ -45,6 +45,8 @@ class GainLoRAConfig:
     """Tasks learned so far, in order."""
     horizon: int = 1
     """H of the threshold schedule that the bases were built with."""
+    base_digest: str | None = None
+    """`gainlora.model.base.weights_digest` of the base model; None: not known."""
 
     def __post_init__(self) -> None:
         for name in ("rank", "gate_hidden", "gate_depth", "covariance_blocks", "horizon"):

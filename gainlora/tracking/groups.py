@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from gainlora.data.sources import EMBEDDED_MODEL
 from gainlora.tracking.folder import GATED, Run, options
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class Group:
 
     runs: list[Run]
     options: dict[str, Any]
-    """All that decides the result but the seed: options, dtype, data; `code` only where it tells groups apart."""
+    """All that decides the result but the seed: options, dtype, data, base; `code` only where it tells groups apart."""
     differing: dict[str, Any]
     """The options in which it differs from most runs of its method, order and model."""
 
@@ -158,6 +159,8 @@ def _decisive(run: Run) -> dict[str, Any]:
     flat = options(run.config["config"])
     data = [[task, run.data[task]["sha256"]] for task in run.tasks]
     flat |= {"dtype": run.config["dtype"], "data": hashlib.sha256(_text(data).encode()).hexdigest()[:8]}
+    if run.config["model"] != EMBEDDED_MODEL and run.config.get("base"):  # that one is always the same
+        flat["base"] = run.config["base"][:8]
     return {k: v for k, v in flat.items() if v is not None and k not in ("seed", "order.tasks")}
 
 

