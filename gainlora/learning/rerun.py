@@ -23,7 +23,9 @@ def differences(folder: Path) -> list[str]:
     keys = ("config", "code", "dtype", "device", "tasks", "versions")
     then, then_data = read_json(folder / "config.json", *keys), read_json(folder / "data.json")
     now, now_data = describe(from_dict(then["config"]), folder.resolve().parent.parent, folder / OWN)
-    pairs = {k: (then[k], now[k]) for k in ("code", "base", "dtype", "device", "tasks") if k in then}
+    pairs: dict[str, tuple[Any, Any]] = {
+        k: (then[k], now[k]) for k in ("code", "base", "dtype", "device", "tasks") if k in then
+    }
     pairs |= {name: (version, now["versions"].get(name)) for name, version in then["versions"].items()}
     pairs |= {name: (entry["sha256"], now_data.get(name, {}).get("sha256")) for name, entry in then_data.items()}
     return [f"{name}: {_short(old)} then, {_short(new)} now" for name, (old, new) in pairs.items() if old != new]
