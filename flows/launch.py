@@ -5,6 +5,7 @@ The launcher stays in this process's group, so what ends the flow ends it; its p
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -13,12 +14,15 @@ from gainlora.errors import GainLoRAError, Passing
 HERE = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 """All of it on this machine. Without GPUs, too: the option's name is older than what it does."""
 
+KINDS: dict[str, type[GainLoRAError]] = {"error: ": GainLoRAError, "stopped: ": Passing}
+"""How a worker's last words begin."""
+
 
 def launch(folder: str, t: int, num_processes: int, config: str | None) -> None:
     """Learn task t (1-based) of the run in `folder`; the processes' output is shown.
 
     Raises:
-        GainLoRAError: a process failed: what the first one to fail said.
+        GainLoRAError: a process failed: what the first one to fail said. Passing where it said so, or was killed.
     """
     how = ["--config_file", config] if config else [*HERE, "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(num_processes)]
@@ -27,11 +31,14 @@ def launch(folder: str, t: int, num_processes: int, config: str | None) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert child.stdout is not None
-    said = None
+    said: GainLoRAError | None = None
+    killed = False
     try:
         for line in child.stdout:
-            if said is None and line.startswith("error: "):
-                said = line.removeprefix("error: ").strip()
+            for begins, kind in KINDS.items():
+                if said is None and line.startswith(begins):
+                    said = kind(line.removeprefix(begins).strip())
+            killed = killed or re.match(r"\s*exitcode\s*: -\d", line) is not None  # the launcher's report
             if said is None:  # afterwards others and the launcher report that a process has ended
                 print(line, end="", flush=True)
         code = child.wait()
@@ -42,8 +49,14 @@ def launch(folder: str, t: int, num_processes: int, config: str | None) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    if said or code:
-        lost = f"one of {num_processes} processes ended without a message (exit code {code}; killed, out of memory?)"
-        if said:
-            raise GainLoRAError(said)
-        raise Passing(f"{lost}; the same command goes on from the last checkpoint.")
+    if said is not None:
+        raise said
+    if killed:
+        raise Passing(
+            f"one of {num_processes} processes was killed (out of memory?); the same command goes on from the last "
+            "checkpoint."
+        )
+    if code:
+        raise GainLoRAError(
+            f"{num_processes} processes: ended without a message (exit code {code}); what they printed says more."
+        )

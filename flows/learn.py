@@ -119,7 +119,8 @@ def begin(folder: str, source: str | None) -> tuple[str, list[str], int]:
         held_out = ", held out of the one file" if Path(source).suffix == ".json" else ""
         what = f"{stream.tasks[-1]}: {counts['train']} examples to train, {counts['test']} to test{held_out}"
     else:
-        what = f"{folder}: {stream.finished} of {len(stream.steps)} tasks are learned; --task names one more"
+        more = "--task names one more" if stream.finished == len(stream.steps) else "now the others"
+        what = f"{folder}: {stream.finished} of {len(stream.steps)} tasks are learned; {more}"
     get_run_logger().info(what)
     if otherwise := grow.differences(stream):
         get_run_logger().warning(

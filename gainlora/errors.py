@@ -10,7 +10,7 @@ HELP = "docs/troubleshooting.md"
 SECTIONS = {
     "set-up": r".*(package index|fetch again|`gainlora fetch embedded`|run from the project's folder)",
     "data": r"orders\.|.*(train|test)\.json|.*changed since this run began",
-    "model": r"model\.|lora\.targets|.*positions of this",
+    "model": r"model\.|lora\.targets|.*(positions of this|base model .*other weights)",
     "learning": r"task .*(, step|: (lora\.rank|.*(covariance|finite)))|gate memory|lora\.rank|.*covariance",
     "stopped-damaged": r".*(gainlora repair|in progress already|the same command again)",
     "mlflow": r"tracking\.|.*MLflow",

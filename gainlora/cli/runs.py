@@ -153,8 +153,8 @@ def check_run(config: Config) -> None:
 
 def _repair(options: argparse.Namespace) -> int:
     from gainlora.learning.files import read_json
-    from gainlora.learning.grow import LEARNED
     from gainlora.learning.repair import repair
+    from gainlora.learning.run_folder import LEARNED
 
     kept, gone = repair(options.run, options.from_task)
     for name in gone:

@@ -7,6 +7,7 @@ adapters/<order>/              a finished model (handover/release.py); the same 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,17 @@ def new_folder(place: Path) -> Iterator[Path]:
         part.rename(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def base_digest(source: str) -> str:
+    """What tells a base model from others: SHA-256 of its weights in a folder, the commit of a hub id."""
+    if not Path(source).is_dir():
+        return f"commit {base_config(source)._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def base_config(source: str) -> Any:

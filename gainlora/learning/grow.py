@@ -27,13 +27,8 @@ from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import Task, limited
 from gainlora.errors import Busy, GainLoRAError
 from gainlora.learning.files import read_json, verify_checksums, write_json
-from gainlora.learning.run_folder import NEXT, OWN, data_entry, environment
+from gainlora.learning.run_folder import FORGETTING, LEARNED, NEXT, OWN, data_entry, environment
 from gainlora.learning.stream import Stream
-
-FORGETTING = "forgetting.json"
-"""In a run that forgets a task: which one, and its folder's name."""
-LEARNED = "learned"
-"""In config.json, of tasks beyond the order: which, when, by which code, and the option `horizon` as it was before."""
 
 
 def begin(folder: Path, source: Path | None) -> Stream:
@@ -134,6 +129,7 @@ def forget(folder: Path, record: Callable[[], object] = lambda: None) -> str:
     if not _forgetting(stream):
         write_json(stream.folder / FORGETTING, {"task": name, "folder": learned})
     if name in stream.tasks:
+        _check_sequence(stream, folder)
         write_json(stream.folder / NEXT, _shortened(stream))
         _finish_forgetting(stream)
     else:  # stopped when its folders were to go, or later

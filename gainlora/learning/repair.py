@@ -8,7 +8,7 @@ from pathlib import Path
 from gainlora.config import is_name
 from gainlora.errors import GainLoRAError
 from gainlora.learning.files import DAMAGED, read_json, verify_checksums
-from gainlora.learning.run_folder import NEXT, hold
+from gainlora.learning.run_folder import FORGETTING, NEXT, hold
 
 
 def repair(folder: Path, from_task: int | None = None) -> tuple[int, list[str]]:
@@ -35,7 +35,7 @@ def repair(folder: Path, from_task: int | None = None) -> tuple[int, list[str]]:
             raise GainLoRAError(f"--from-task: {from_task}: this run has {known} of its {len(steps)} tasks.")
         gone = [path for path in folders[from_task - 1 :] if path in there]
         if gone:
-            for name in ("result.json", NEXT):
+            for name in ("result.json", NEXT, FORGETTING):
                 (folder / name).unlink(missing_ok=True)
         for path in reversed(gone):  # the newest first: killed here, what is left is a run of fewer tasks
             shutil.rmtree(partial[path], ignore_errors=True)

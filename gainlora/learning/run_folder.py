@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from gainlora.data.sources import dvc_hash, resolve_model
 from gainlora.data.tasks import Task, load_order
 from gainlora.errors import Busy, GainLoRAError
 from gainlora.learning.files import read_json, write_json
-from gainlora.model.base import pick_device, pick_dtype, weights_digest
+from gainlora.model.base import pick_device, pick_dtype, stored_weights, weights_digest
 
 LEARNING_CODE = ("config.py", "plain.py", "reading.py", "distributed.py", "data", "model", "rules", "learning")
 """What decides the result of a run, inside the package."""
@@ -27,6 +28,10 @@ ALL_TASKS = "all_tasks"
 """Name of the only step of a method that learns all tasks at once."""
 NEXT = "next.json"
 """In a run that is about to know one task more or less (`gainlora.learning.grow`): its config.json to be."""
+FORGETTING = "forgetting.json"
+"""In a run that forgets a task (there, too): which one, and its folder's name."""
+LEARNED = "learned"
+"""In config.json, of tasks beyond the order: which, when, by which code, and the option `horizon` as it was before."""
 OWN = "data"
 """Folder of the tasks that a run learned beyond its order's."""
 PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safetensors", "rouge-score")
@@ -35,7 +40,7 @@ PACKAGES = ("gainlora", "torch", "transformers", "accelerate", "datasets", "safe
 def run_folder(config: Config, root: Path = Path(".")) -> Path:
     """runs/<order>-<method>-<model>-<seed>-<digest>; the digest covers all that decides the result."""
     data = {task.name: task.sha256 for task in load_order(config.order, config.data, root)[0]}
-    parts = [config.to_dict(), _dtype(config), code_digest(), data, _base(config, root)]
+    parts = [config.to_dict(), _dtype(config), code_digest(), data, stored_base(config, root)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
     model = re.sub("[^A-Za-z0-9_.-]", "_", Path(config.model.name).name)
     return root.resolve() / "runs" / f"{config.order.name}-{config.method}-{model}-{config.seed}-{digest}"
@@ -63,7 +68,7 @@ def describe(config: Config, root: Path = Path("."), own: Path | None = None) ->
         "skipped": skipped,
         "config": config.to_dict(),
         "dtype": _dtype(config),
-        "base": _base(config, root),
+        "base": stored_base(config, root),
         **environment(),
     }
     return described, data
@@ -73,6 +78,21 @@ def data_entry(task: Task, path: str, dvc: str | None) -> dict[str, Any]:
     """What data.json says of a task."""
     counts = {"train": len(task.train), "test": len(task.test)}
     return {"path": path, "dvc": dvc, "sha256": task.sha256, "definition": task.definition, **counts}
+
+
+def stored_base(config: Config, root: Path) -> str | None:
+    """What tells the base model's weights from others; None for a hub id, which may not be here yet."""
+    location = Path(resolve_model(config.model.location, root))
+    return weights_digest(stored_weights(location)) if location.is_dir() else None
+
+
+def check_base(folder: Path, recorded: str | None, config: Config, root: Path) -> None:
+    """Refuse to go on with a run whose base model's weights were replaced; None: it does not name them."""
+    if recorded not in (None, stored_base(config, root)):
+        raise GainLoRAError(
+            f"{folder}: was begun on a base model with other weights than {config.model.location} has; put that one "
+            "back, or begin a new run."
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -94,7 +114,7 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None, ow
     resolve_model(config.model.location, root)
     folder = root.resolve() / "runs" / name if name else run_folder(config, root)
     if (folder / "config.json").exists():
-        _check_unchanged(folder, config)
+        _check_unchanged(folder, config, load_order(config.order, config.data, root, own)[0])
         return folder
     described, data = describe(config, root, own)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +125,7 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None, ow
     return folder
 
 
-def _check_unchanged(folder: Path, config: Config) -> None:
+def _check_unchanged(folder: Path, config: Config, tasks: Sequence[Task]) -> None:
     """Refuse a run whose tasks are not those of `config` any more: its results would pass for the order's."""
     where = f"runs/{folder.name}"
     if (folder / NEXT).exists():
@@ -113,11 +133,13 @@ def _check_unchanged(folder: Path, config: Config) -> None:
             f"{where}: is about to know other tasks than its order's; give the same `gainlora learn` or `gainlora "
             "forget` again to finish that, or choose another seed."
         )
-    described = read_json(folder / "config.json", "config", "tasks")
+    described, data = read_json(folder / "config.json", "config", "tasks"), read_json(folder / "data.json")
     found, asked = described["config"], config.to_dict()
     for options in (found, asked):  # what a task learned later has fixed is the default of as many tasks
         options["subspace"]["horizon"] = options["subspace"]["horizon"] or len(described["tasks"])
-    if found != asked:
+    of_today = all(entry["code"] == code_digest() for entry in described.get(LEARNED, []))
+    same_data = all(task.sha256 == data.get(task.name, {}).get("sha256") for task in tasks)
+    if found != asked or not (of_today and same_data):
         there = ", ".join(described["tasks"])
         raise GainLoRAError(
             f"{where}: has learned or forgotten tasks since it was made, it knows {there}; `gainlora forget {where} "
@@ -158,12 +180,6 @@ def code_digest() -> str:
             digest.update(str(file.relative_to(package)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _base(config: Config, root: Path) -> str | None:
-    """What tells the base model's weights from others; None for a hub id, which may not be here yet."""
-    location = Path(resolve_model(config.model.location, root))
-    return weights_digest(location) if location.is_dir() else None
 
 
 def _dtype(config: Config) -> str:

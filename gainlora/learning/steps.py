@@ -18,7 +18,7 @@ from gainlora import distributed
 from gainlora.config import Config
 from gainlora.data.batches import IGNORED, buckets, collate
 from gainlora.learning.trainer import derive_seed, target_loss
-from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, new_key, widths
 from gainlora.model.inputs import gate_covariances, layer_covariances
 from gainlora.model.subspace import design_A, expand_basis, expand_blocks, threshold_at
@@ -49,6 +49,28 @@ class Examples:
             if not counts:
                 batch["labels"].fill_(IGNORED)  # an example without an answer does not count
             yield {key: value.to(self.model.device) for key, value in batch.items()}
+
+
+def new_adapter(config: Config, horizon: int, base_digest: str) -> GainLoRAConfig:
+    """The adapter of a run that has learned nothing yet.
+
+    Args:
+        horizon: H of the threshold schedule.
+        base_digest: of the base model's weights.
+    """
+    return GainLoRAConfig(
+        base_model=config.model.location,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        integration="gated" if config.gated else "single" if config.rule.task_known else "equal",
+        gate_hidden=config.gate.hidden,
+        gate_depth=config.gate.depth,
+        gate_score=config.gate.score,
+        covariance_blocks=config.subspace.covariance_blocks,
+        horizon=horizon,
+        base_digest=base_digest,
+    )
 
 
 def prepare_task(model: GainLoRAModel, examples: Examples, config: Config, task: int) -> None:

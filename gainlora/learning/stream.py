@@ -34,11 +34,11 @@ from gainlora.learning.evaluate import Prediction, coefficient_statistics, evalu
 from gainlora.learning.files import flush, read_json, seal, verify_checksums, write_json, write_lines
 from gainlora.learning.metrics import summary
 from gainlora.learning.run_data import RunData
-from gainlora.learning.run_folder import NEXT, hold, make_run
-from gainlora.learning.steps import Examples, basis_sizes, prepare_task, update_memory
+from gainlora.learning.run_folder import NEXT, check_base, hold, make_run
+from gainlora.learning.steps import Examples, basis_sizes, new_adapter, prepare_task, update_memory
 from gainlora.learning.trainer import train_task
 from gainlora.model.base import check_positions, load_base, place
-from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+from gainlora.model.gainlora_model import GainLoRAModel
 
 
 class Stream:
@@ -63,6 +63,7 @@ class Stream:
         self.tasks: list[str] = described["tasks"]
         self.steps: list[str] = described["steps"]  # one a task; multitask: one for all
         self.skipped: list[str] = described["skipped"]
+        self.base: str | None = described.get("base")
         self.dtype: torch.dtype = getattr(torch, described["dtype"])
         self.horizon = self.config.subspace.horizon or len(self.tasks)
         recorded = read_json(self.folder / "data.json", *self.tasks)
@@ -305,24 +306,12 @@ class Stream:
         config = self.config
         self._loaded = None  # never two bases in memory
         location = resolve_model(config.model.location, self.root)
+        check_base(self.folder, self.base, config, self.root)
         base, tokenizer = load_base(location, self.dtype, config.model.device_map)
         check_positions(base, config.data.max_prompt_tokens, config.data.max_target_tokens)
         place(base, config.model.device_map)
         if k == 0:
-            adapter = GainLoRAConfig(
-                base_model=config.model.location,
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                targets=config.lora.targets,
-                integration="gated" if config.gated else "single" if config.rule.task_known else "equal",
-                gate_hidden=config.gate.hidden,
-                gate_depth=config.gate.depth,
-                gate_score=config.gate.score,
-                covariance_blocks=config.subspace.covariance_blocks,
-                horizon=self.horizon,
-                base_digest=base.weights_digest,
-            )
-            model = GainLoRAModel(base, adapter)
+            model = GainLoRAModel(base, new_adapter(config, self.horizon, base.weights_digest))
         else:
             folder = self.task_folder(k)
             if folder.is_dir():

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from gainlora import distributed
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, Passing
 from gainlora.learning.stream import Stream
 from gainlora.model.base import pick_device
 
@@ -26,7 +26,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Learn as one of the processes; the exit code. Of several that fail, the first prints `error: ` and the reason."""
+    """Learn as one of the processes; the exit code. Of several that fail, the first prints `error: ` and the reason;
+    `stopped: ` where the same command, given again, goes on."""
     parser = argparse.ArgumentParser("accelerate launch ... -m gainlora.learning.worker")
     parser.add_argument("run", type=Path, help="a folder under runs/")
     parser.add_argument("task", type=int, nargs="?", help="the only task to learn, from 1; none: all, and the result")
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
             if distributed.index() == 0:
                 print(f"task {t}/{len(stream.steps)} {stream.steps[t - 1]}", flush=True)
         stream.result()
+    except Passing as error:
+        return _failed(f"stopped: {error}")
     except GainLoRAError as error:
         return _failed(f"error: {error}")
     except distributed.Lost:

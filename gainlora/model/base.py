@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,29 +54,35 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def weights_digest(folder: Path) -> str | None:
-    """What tells a base model's weights from others: SHA-256 over name, type, shape and both ends of every tensor.
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """What tells a base model's weights from others: SHA-256 over name, shape and a bfloat16 sample of every tensor.
 
-    The same however the tensors are split into files. Not over every byte, which for a 7B model would take half a
-    minute at each start: whoever trains a model changes its tensors from end to end. None: no tensors there.
+    The same in whichever order, files and dtype they come. Not over every value, which for a 7B model would take half a
+    minute at each start: both ends of a tensor and 256 values between them, as who trains a tensor changes all of it.
+    """
+    lines = []
+    for name, tensor in tensors:
+        values = tensor.detach().flatten()
+        between = values[:: max(1, len(values) // 256)]
+        sample = torch.cat([values[:EDGE], values[-EDGE:], between]).to("cpu", torch.bfloat16)
+        digest = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+        lines.append(f"{name} {list(tensor.shape)} {digest}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all safetensors in a folder; mapped into memory, so that only what is looked at is read.
 
     Raises:
         GainLoRAError: a file is damaged.
     """
-    tensors = []
-    for path in folder.glob("model*.safetensors"):
+    for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  not a dictionary
-                    tensor = file.get_tensor(name)  # mapped into memory: only what is looked at is read
-                    values = tensor.flatten()
-                    ends = torch.cat([values[:EDGE], values[-EDGE:]]).view(torch.uint8).numpy().tobytes()
-                    tensors.append(f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(ends).hexdigest()}")
+                    yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise GainLoRAError(
-                f"model.name: {path}: cannot be loaded ({error}); get the whole checkpoint again."
-            ) from None
-    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest() if tensors else None
+            raise GainLoRAError(f"model.name: {path}: cannot be loaded ({error}); get the checkpoint again.") from None
 
 
 def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
@@ -92,7 +98,6 @@ def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) ->
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
-    from transformers.utils.hub import cached_file
 
     logging.disable_progress_bar()  # a run has bars of its own
     loaded: dict[str, Any]
@@ -140,8 +145,7 @@ def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) ->
         bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
-    files = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-    model.weights_digest = weights_digest(files)
+    model.weights_digest = weights_digest(model.named_parameters())
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -72,7 +72,7 @@ def load_adapter(cls: type[GainLoRAModel], folder: Path, base: Any, dtype: str) 
     if config.base_digest and found and found != config.base_digest:
         raise GainLoRAError(
             f"{folder}: was learned on a base model {config.base_model!r} with other weights than {base.name_or_path} "
-            "has; give the one that it was learned on, or learn it again on this one."
+            "has; give the one that it was learned on, or learn again in a new run (another seed)."
         )
     model = cls(base, config)
     branches = _Tensors(folder / BRANCHES, config)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gainlora.data.sources import EMBEDDED_MODEL
 from gainlora.tracking.folder import GATED, Run, options
 
 T = TypeVar("T")
@@ -23,7 +22,7 @@ class Group:
 
     runs: list[Run]
     options: dict[str, Any]
-    """All that decides the result but the seed: options, dtype, data, base; `code` only where it tells groups apart."""
+    """All that decides the result but the seed: options, dtype, data; base and code where they tell groups apart."""
     differing: dict[str, Any]
     """The options in which it differs from most runs of its method, order and model."""
 
@@ -77,17 +76,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups, those of one branch rule side by side.
 
     Versions of the code tell runs apart only where one seed was run by several of them: most changes to the code change
-    no result, and seeds that were run over weeks belong together. The table of runs names the versions.
+    no result, and seeds that were run over weeks belong together. The table of runs names the versions. Weights of the
+    base model tell them apart where several are known; runs of older versions do not name theirs.
     """
-    alike = _buckets(runs, lambda run: [run.label, _decisive(run)])
-    members: list[tuple[list[Run], dict[str, Any]]] = []
-    for bucket in alike:
+    alike: list[tuple[list[Run], dict[str, Any]]] = []
+    for bucket in _buckets(runs, lambda run: [run.label, _decisive(run)]):
+        known = {run.config.get("base") for run in bucket} - {None}
+        alike += _split(bucket, "base") if len(known) > 1 else [(bucket, _decisive(bucket[0]))]
+    members = []
+    for bucket, flat in alike:
         seeds = [run.config["seed"] for run in bucket]
-        if len(set(seeds)) == len(seeds):
-            members.append((bucket, _decisive(bucket[0])))
-        else:
-            by_code = _buckets(bucket, lambda run: run.config["code"])
-            members += [(part, {**_decisive(part[0]), "code": part[0].config["code"][:8]}) for part in by_code]
+        once = len(set(seeds)) == len(seeds)
+        members += [(bucket, flat)] if once else [(part, {**flat, **of}) for part, of in _split(bucket, "code")]
     groups = []
     for group, flat in members:
         name = _name(group[0])
@@ -95,6 +95,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         differing = {key: flat.get(key) for rival in rivals for key in rival if _unusual(key, flat, rivals)}
         groups.append(Group(sorted(group, key=lambda run: run.config["seed"]), flat, dict(sorted(differing.items()))))
     return sorted(groups, key=lambda g: (g.order, g.model, g.method.removeprefix(GATED), g.gated, g.label))
+
+
+def _split(bucket: Sequence[Run], key: str) -> list[tuple[list[Run], dict[str, Any]]]:
+    """By an entry of config.json, a digest that may be missing; what decides, with the digest's beginning."""
+    parts = _buckets(bucket, lambda run: run.config.get(key))
+    return [(part, {**_decisive(part[0]), key: str(part[0].config.get(key))[:8]}) for part in parts]
 
 
 def settings(groups: Sequence[Group]) -> list[list[Group]]:
@@ -159,15 +165,13 @@ def _decisive(run: Run) -> dict[str, Any]:
     flat = options(run.config["config"])
     data = [[task, run.data[task]["sha256"]] for task in run.tasks]
     flat |= {"dtype": run.config["dtype"], "data": hashlib.sha256(_text(data).encode()).hexdigest()[:8]}
-    if run.config["model"] != EMBEDDED_MODEL and run.config.get("base"):  # that one is always the same
-        flat["base"] = run.config["base"][:8]
     return {k: v for k, v in flat.items() if v is not None and k not in ("seed", "order.tasks")}
 
 
 def _unusual(option: str, flat: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> bool:
-    """Whether no more than half of the rivals have this value; code always is, where it tells groups apart."""
+    """Whether no more than half of the rivals have this value; base and code always are, where they tell them apart."""
     values = [_text(rival.get(option)) for rival in rivals]
-    return (option == "code" and option in flat) or 2 * values.count(_text(flat.get(option))) <= len(values)
+    return (option in ("code", "base") and option in flat) or 2 * values.count(_text(flat.get(option))) <= len(values)
 
 
 def _name(run: Run) -> tuple[str, str, str]:

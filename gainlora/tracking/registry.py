@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gainlora.errors import GainLoRAError
 from gainlora.handover.card import check_finished
-from gainlora.handover.folder import Learned, open_learned
+from gainlora.handover.folder import Learned, base_digest, open_learned
 from gainlora.handover.predict import make_prompt
 from gainlora.handover.release import write_release
 from gainlora.tracking.mlflow import DONE, KEY
@@ -63,7 +63,7 @@ def register(folder: Path, uri: str) -> int:
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         raise GainLoRAError(f"tracking.uri: {uri} is not there; give the `gainlora run` command again, which makes it.")
     run, name = learned.run, model_name(learned.config.order.name)
-    digest = learned.adapter.base_digest
+    digest = base_digest(learned.base())
     done = hashlib.sha256(json.dumps([run.result, digest], sort_keys=True).encode()).hexdigest()
     with connect(uri) as client:
         run_id = _run_id(client, run.run_id)
@@ -122,7 +122,8 @@ def save_model(learned: Learned, folder: Path) -> None:
         for t in learned.run.tasks
         if "definition" in learned.run.data[t]
     ]
-    settings: dict[str, Any] = {"base": learned.base()}
+    base = learned.base()
+    settings: dict[str, Any] = {"base": base, "base_digest": base_digest(base)}
     with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
         adapter = Path(scratch) / "adapter"  # its name in the version, too
         write_release(learned, adapter)

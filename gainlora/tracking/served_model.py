@@ -15,7 +15,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from gainlora.errors import GainLoRAError
-from gainlora.handover.folder import open_learned
+from gainlora.handover.folder import base_digest, open_learned
 from gainlora.handover.predict import Predictor, check_text
 
 LONGEST = 1024
@@ -30,7 +30,10 @@ class ServedModel(PythonModel):
         learned = open_learned(context.artifacts["adapter"])
         recorded = context.model_config["base"]
         # another machine has it elsewhere: by its name
-        self.predictor = Predictor(learned, recorded if Path(recorded).is_dir() else None)
+        base = learned.base(recorded if Path(recorded).is_dir() else None)
+        if base_digest(base) != context.model_config["base_digest"]:
+            raise GainLoRAError(f"{base}: not the base model that this adapter was learned on (another SHA-256).")
+        self.predictor = Predictor(learned, base)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None

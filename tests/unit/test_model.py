@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gainlora.data.batches import collate
 from gainlora.errors import GainLoRAError
 from gainlora.learning.trainer import target_loss
-from gainlora.model.base import find_targets, load_base, trace_inputs
+from gainlora.model.base import find_targets, load_base, stored_weights, trace_inputs, weights_digest
 from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
 from gainlora.model.inputs import gate_covariances, layer_covariances
@@ -183,6 +184,32 @@ def test_adapters_of_another_base_or_damaged_are_refused(tmp_path):
         GainLoRAModel.from_pretrained(tmp_path, tiny_llama())
     with pytest.raises(GainLoRAError, match=r"adapter_config\.json: not found"):
         GainLoRAModel.from_pretrained(tmp_path / "nowhere", tiny_llama())
+
+
+def test_a_base_models_weights_have_one_digest_however_they_are_stored(tmp_path):
+    """Whatever tells them from others changes it: a value at either end or between, a name, a shape."""
+    kept = {"a": torch.randn(50, 400), "b": torch.randn(7), "c": torch.tensor(2.0), "d": torch.zeros(0)}
+    expected = weights_digest(kept.items())
+    for name in kept:
+        save_file({name: kept[name]}, tmp_path / f"model-{name}.safetensors")
+    assert weights_digest(stored_weights(tmp_path)) == expected
+    assert weights_digest((name, t.bfloat16()) for name, t in reversed(kept.items())) == expected
+    for row, column in ((0, 0), (-1, -1), (25, 62)):  # of every 78th value
+        other = kept["a"].clone()
+        other[row, column] += 1
+        assert weights_digest({**kept, "a": other}.items()) != expected
+    assert weights_digest({**kept, "a": kept["a"].reshape(400, 50)}.items()) != expected
+    assert weights_digest({"A": kept["a"], **{n: kept[n] for n in "bcd"}}.items()) != expected
+    (tmp_path / "model-a.safetensors").write_bytes(b"12345678")
+    with pytest.raises(GainLoRAError, match=r"model\.name: .*model-a\.safetensors: cannot be loaded"):
+        weights_digest(stored_weights(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_loaded_base_has_the_digest_of_its_files(kind, tmp_path):
+    (tiny_t5 if kind == "t5" else tiny_llama)(tmp_path)
+    stored = weights_digest(stored_weights(tmp_path))
+    assert {load_base(str(tmp_path), dtype)[0].weights_digest for dtype in (torch.float32, torch.bfloat16)} == {stored}
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -275,8 +275,12 @@ def test_another_base_model_in_the_same_place_is_another_run(tmp_path):
     again = Stream.create(load_config("tiny", root / "params.yaml"), root)
     assert again.folder != first.folder and again.finished == 0
     assert [line.split(":")[0] for line in differences(first.folder)] == ["base"]
+    first._loaded = None
+    for k in (0, 2):
+        with pytest.raises(GainLoRAError, match=rf"{first.folder}: was begun on a base .* than {root / 'base'} has"):
+            first._model_after(k)
+    first.base = None  # a run of a version that did not name it
     with pytest.raises(GainLoRAError, match=rf"task_02_task2: was learned on .* than {root / 'base'} has; give the"):
-        first._loaded = None
         first._model_after(2)
 
 
