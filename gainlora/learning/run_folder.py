@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -114,7 +113,7 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None, ow
     resolve_model(config.model.location, root)
     folder = root.resolve() / "runs" / name if name else run_folder(config, root)
     if (folder / "config.json").exists():
-        _check_unchanged(folder, config, load_order(config.order, config.data, root, own)[0])
+        _check_unchanged(folder, config, root)
         return folder
     described, data = describe(config, root, own)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,7 @@ def make_run(config: Config, root: Path = Path("."), name: str | None = None, ow
     return folder
 
 
-def _check_unchanged(folder: Path, config: Config, tasks: Sequence[Task]) -> None:
+def _check_unchanged(folder: Path, config: Config, root: Path) -> None:
     """Refuse a run whose tasks are not those of `config` any more: its results would pass for the order's."""
     where = f"runs/{folder.name}"
     if (folder / NEXT).exists():
@@ -133,18 +132,26 @@ def _check_unchanged(folder: Path, config: Config, tasks: Sequence[Task]) -> Non
             f"{where}: is about to know other tasks than its order's; give the same `gainlora learn` or `gainlora "
             "forget` again to finish that, or choose another seed."
         )
-    described, data = read_json(folder / "config.json", "config", "tasks"), read_json(folder / "data.json")
+    described = read_json(folder / "config.json", "config", "tasks")
     found, asked = described["config"], config.to_dict()
     for options in (found, asked):  # what a task learned later has fixed is the default of as many tasks
         options["subspace"]["horizon"] = options["subspace"]["horizon"] or len(described["tasks"])
-    of_today = all(entry["code"] == code_digest() for entry in described.get(LEARNED, []))
-    same_data = all(task.sha256 == data.get(task.name, {}).get("sha256") for task in tasks)
-    if found != asked or not (of_today and same_data):
+    if found != asked or _otherwise_learned(folder, described.get(LEARNED, []), config, root):
         there = ", ".join(described["tasks"])
         raise GainLoRAError(
             f"{where}: has learned or forgotten tasks since it was made, it knows {there}; `gainlora forget {where} "
             f"--last` and `gainlora learn {where} --task TASK` lead back, or choose another seed."
         )
+
+
+def _otherwise_learned(folder: Path, learned: list[dict[str, Any]], config: Config, root: Path) -> bool:
+    """Whether tasks that were learned later are others than the order's of the same names, or by other code."""
+    if not learned:
+        return False
+    data = read_json(folder / "data.json")
+    tasks, _ = load_order(config.order, config.data, root)
+    same = all(task.sha256 == data[task.name]["sha256"] for task in tasks)
+    return not same or any(entry["code"] != code_digest() for entry in learned)
 
 
 def hold(folder: Path, what: str = "this run") -> IO[str]:
