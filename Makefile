@@ -1,4 +1,4 @@
-# Everything a newcomer needs; `make` alone lists it. Linux, python3.11.
+# The project's commands; `make` lists them. Linux, python3.11.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,16 +8,19 @@ VENV := .venv
 ORDER ?= embedded
 UI_PORT ?= 5000
 JOBS ?=
+WORKERS ?= 2
+SHARD ?=
+PYTEST = -n $(WORKERS) --dist loadgroup
 export PREFECT_PORT ?= 4200
 export DO_NOT_TRACK := true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help env lock run compare report ui serve stop docs test bench soak audit lint clean
+.PHONY: help env lock run compare report ui serve stop docs test test-all bench soak audit lint clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-# Made again only when the dependencies change.
+# Rebuilt only when the dependencies change.
 $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		|| { echo "$(PYTHON) is not Python 3.11: install it, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -26,7 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
 	python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' # torch and the project
 	@touch $@
 
-env: $(VENV)/.ready ## make the environment (.venv), as every command below does when it must
+env: $(VENV)/.ready ## create the environment (.venv); commands below do so if necessary
 
 # After a change of constraints.txt: the same pins, with the hashes of all their files.
 lock: env
@@ -38,30 +41,33 @@ lock: env
 
 run: env ## learn the four embedded tasks (dvc repro: only what changed) and show the result
 	@dvc repro embedded
-	@python -m flows.show embedded
+	@python -m flows.publish embedded
 	@echo "Curves, scores and adapters of every run:  make ui"
 
-compare: env ## the same tasks without and with the method: seqlora beside gainlora-inflora
+compare: env ## seqlora beside gainlora-inflora on the same tasks
 	@gainlora compare $(ORDER) --methods seqlora,gainlora-inflora
 
 report: env ## one HTML page over all runs
 	@gainlora report
 
-ui: env ## MLflow's pages on http://127.0.0.1:5000 (UI_PORT=...); ends with Ctrl-C
+ui: env ## MLflow on http://127.0.0.1:5000 (UI_PORT=...); ends with Ctrl-C
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
-		--backend-store-uri "sqlite:///$(CURDIR)/mlruns/mlflow.db"
+		--backend-store-uri sqlite:///mlruns/mlflow.db
 
-serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...), deployments, worker (JOBS=2: two at once); in the background
+serve: env ## Prefect server on 127.0.0.1:4200 (PREFECT_PORT=...) and its deployments, in the background (JOBS=2: two runs at once)
 	@python -m flows.server start $(JOBS)
 
-stop: env ## end what `make serve` started
+stop: env ## end the processes of `make serve`
 	@python -m flows.server stop
 
 docs: env ## the docs site: site/index.html
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict && echo "Open site/index.html"
 
-test: env ## all tests
-	@python -m pytest
+test: env ## the tests of every change, on WORKERS=2 processes
+	@python -m pytest $(PYTEST) -m "not long"
+
+test-all: env ## these and the long ones; SHARD=2/3: the second third of the long ones alone
+	@python -m pytest $(PYTEST) $(if $(SHARD),-m long --shard $(SHARD))
 
 bench: env ## measure speed and memory against the targets: benchmarks/README.md
 	@python -m benchmarks

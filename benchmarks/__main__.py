@@ -3,7 +3,7 @@
     python -m benchmarks                        # everything but gpu, which is for a machine with one
     python -m benchmarks generation subspaces   # these; other rows stay as they were measured
 
-A group is a module here with `run() -> list[Row]`.
+A group is a module here with `run() -> Iterable[Row]`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ def main() -> None:
     here = machine()
     for group in groups or (GROUPS if torch.cuda.is_available() else GROUPS[:-1]):
         started = time.perf_counter()
-        rows = importlib.import_module(f"benchmarks.{group}").run()
-        for row in rows:
-            print(as_line(row.to_dict()), flush=True)
-        print(f"-- {group}: {time.perf_counter() - started:.0f} s", flush=True)
-        keep(group, [dataclasses.replace(row, machine=here) for row in rows])
+        rows = []
+        try:
+            for row in importlib.import_module(f"benchmarks.{group}").run():
+                rows.append(row)
+                print(as_line(row.to_dict()), flush=True)
+        finally:  # cut short, it keeps what it has
+            print(f"-- {group}: {time.perf_counter() - started:.0f} s", flush=True)
+            if rows:
+                keep(group, [dataclasses.replace(row, machine=here) for row in rows])
 
 
 def keep(group: str, rows: list[Row], folder: Path = FOLDER) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.measure import Row, interleave, time_row
 from benchmarks.models import SMALL, base, examples, learned
-from gainlora.model.inputs import layer_covariances
+from gainlora.model.covariance import layer_covariances
 
 BATCHES, BATCH, LENGTH, BRANCHES = 4, 8, 128, 4
 

@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.measure import Row, interleave, time_row
 from benchmarks.models import SMALL, base, learned
-from gainlora.config import Config, DataConfig, EvaluateConfig
-from gainlora.learning.evaluate import evaluate_task
+from gainlora.config import RunConfig
+from gainlora.sections import DataConfig, EvaluateConfig
+from gainlora.training.evaluate import evaluate_task
 
 BATCH, NEW_TOKENS, BRANCHES = 16, 4, 4
 LONGEST = 512
@@ -54,7 +55,7 @@ def row(name: str, count: int, rounds: int = 2) -> Row:
     model = learned(base(name, torch.float32), BRANCHES, learning=False)
     rows = test_rows(count, model.base.config.vocab_size)
     config = cast(
-        Config,
+        RunConfig,
         SimpleNamespace(evaluate=EvaluateConfig(batch_size=BATCH), data=DataConfig(max_target_tokens=NEW_TOKENS)),
     )
     answers: dict[str, list[str]] = {}
@@ -67,7 +68,7 @@ def row(name: str, count: int, rounds: int = 2) -> Row:
         return once
 
     def in_order() -> None:
-        with patch("gainlora.learning.evaluate.buckets", unsorted):
+        with patch("gainlora.training.evaluate.buckets", unsorted):
             side("unsorted")()
 
     times = interleave({"unsorted": in_order, "sorted": side("sorted")}, rounds)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, LlamaConfig, T5Config
 
+from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import pick_device, pick_dtype
-from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
 from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
+from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.shapes import MODELS
 
 RANK = 4
@@ -61,7 +62,7 @@ def learned(model: Any, branches: int, gated: bool = True, learning: bool = True
     shape = widths(wrapped.width, adapter.gate_hidden, adapter.gate_depth)
     for task in range(branches):
         branch = {
-            name: (random(RANK, layer.base.in_features), random(layer.base.out_features, RANK))
+            name: (random(RANK, layer.in_features), random(layer.out_features, RANK))
             for name, layer in wrapped.layers.items()
         }
         gate = None
@@ -82,7 +83,7 @@ def prompts(model: Any, batch: int, length: int) -> dict[str, Tensor]:
 
 
 def examples(model: Any, batch: int, length: int, answer: int = 8) -> dict[str, Tensor]:
-    """A training batch of random prompts and answers, as `gainlora.data.batches.collate` makes them."""
+    """A training batch of random prompts and answers, as `gainlora.data.collate.collate` makes them."""
     inputs = prompts(model, batch, length)
     if model.config.is_encoder_decoder:
         return {**inputs, "labels": inputs["input_ids"][:, :answer].clone()}

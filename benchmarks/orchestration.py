@@ -1,8 +1,8 @@
 """What Prefect, MLflow and DVC add to the learning itself, per task; and how long `gainlora --help` takes.
 
-A tiny order is learned by `gainlora run` in a project folder of its own, with DVC tracking its data, against a running
-Prefect server. What its steps took is in each task's scores.json; all else is orchestration: starting Python, Prefect,
-MLflow and torch (once a run), states, records and artifacts, versions.
+A tiny order is learned by `python -m flows.continual` in a project folder of its own, with DVC tracking its data,
+against a running Prefect server. What its steps took is in each task's scores.json; all else is orchestration: starting
+Python, Prefect, MLflow and torch (once a run), states, records and artifacts, versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from benchmarks.measure import Row
-from tests.integration.conftest import SERVE, Project
+from tests.integration.conftest import CONTINUAL, SERVE, Project
 from tests.tiny import tiny_llama
 
 GAINLORA = (sys.executable, "-m", "gainlora")
@@ -37,9 +37,11 @@ def per_task() -> Row:
         project("dvc", "add", "--quiet", "data/tiny")
         try:
             project(*SERVE, "start")
-            project(*GAINLORA, "run", "tiny", "--seed", "5")
+            project.set(seed=5)
+            project(*CONTINUAL)
+            project.set(seed=6)
             started = time.perf_counter()
-            project(*GAINLORA, "run", "tiny", "--seed", "6")
+            project(*CONTINUAL)
             whole = time.perf_counter() - started
             flow = project.last_flow_run()
         finally:

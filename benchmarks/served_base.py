@@ -7,8 +7,10 @@ import pandas
 import torch
 from mlflow.pyfunc.model import PythonModel
 
-from gainlora.data.batches import buckets, collate, encode_prompts
+from gainlora.data.collate import buckets, collate, encode_prompts
+from gainlora.data.prompts import parse_prompt
 from gainlora.model.base import load_base, pick_device
+from gainlora.sections import DataConfig
 
 
 class ServedBase(PythonModel):
@@ -27,7 +29,9 @@ class ServedBase(PythonModel):
     ) -> list[dict[str, Any]]:
         longest = (params or {})["max_new_tokens"]
         both = self.model.config.is_encoder_decoder
-        ids, _ = encode_prompts(list(model_input["text"]), self.tokenizer, self.settings["max_prompt_tokens"], both)
+        data = DataConfig(max_prompt_tokens=self.settings["max_prompt_tokens"], truncate=self.settings["truncate"])
+        parts = [parse_prompt(self.settings["template"], text) for text in model_input["text"]]
+        ids, _ = encode_prompts(parts, self.tokenizer, data, both)
         found = {}
         for batch in buckets([len(i) for i in ids], self.settings["batch_size"]):
             rows = [{"prompt_ids": ids[i], "target_ids": []} for i in batch]

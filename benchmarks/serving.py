@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gainlora.data.tasks import read_task
-from gainlora.handover.folder import Learned, open_learned
-from gainlora.handover.release import write_release
+from gainlora.export.hub import write_release
+from gainlora.export.saved import SavedModel, open_saved
 from gainlora.tracking.registry import save_model, signature
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8, help="most new tokens of an answer")
     parser.add_argument("--requests", type=int, default=20, help="to each of the two")
     options = parser.parse_args()
-    learned = open_learned(options.run)
+    learned = open_saved(options.run)
     with tempfile.TemporaryDirectory(prefix="gainlora-benchmark-") as scratch:
         models = {"base": _base(learned, Path(scratch)), "gainlora": _silent(learned, Path(scratch))}
         with contextlib.ExitStack() as stack:
@@ -60,23 +60,24 @@ def main() -> None:
     print(f"ratio {ratio:.3f} of the base model's throughput; {same} of {len(texts)} answers alike")
 
 
-def _silent(learned: Learned, scratch: Path) -> Path:
+def _silent(learned: SavedModel, scratch: Path) -> Path:
     """The run as a served model, with B = 0."""
     write_release(learned, scratch / "adapter")
     weights = scratch / "adapter" / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({n: torch.zeros_like(t) if n.endswith("lora_B") else t.clone() for n, t in tensors.items()}, weights)
-    save_model(Learned(scratch / "adapter", learned.adapter, learned.run, learned.root), scratch / "gainlora")
+    save_model(SavedModel(scratch / "adapter", learned.adapter, learned.run, learned.root), scratch / "gainlora")
     return scratch / "gainlora"
 
 
-def _base(learned: Learned, scratch: Path) -> Path:
+def _base(learned: SavedModel, scratch: Path) -> Path:
     """The base model as a served model."""
     import mlflow.pyfunc
 
     config = learned.config
     settings: dict[str, Any] = {"base": learned.base(), "dtype": learned.run.config["dtype"]}
     settings |= {"max_prompt_tokens": config.data.max_prompt_tokens, **vars(config.evaluate)}
+    settings |= {"truncate": config.data.truncate, "template": config.order.template}
     mlflow.pyfunc.save_model(
         str(scratch / "base"),
         python_model=str(Path(__file__).with_name("served_base.py")),
@@ -87,7 +88,7 @@ def _base(learned: Learned, scratch: Path) -> Path:
     return scratch / "base"
 
 
-def _prompts(learned: Learned, count: int) -> list[str]:
+def _prompts(learned: SavedModel, count: int) -> list[str]:
     """Test prompts of all tasks, mixed."""
     order = learned.config.order
     tasks = [read_task(learned.root / order.data / n, order.template, order.metric) for n in learned.run.tasks]

@@ -55,7 +55,7 @@ def largest_angle(a: Tensor, b: Tensor) -> float:
 def row(name: str, rounds: int = 5) -> Row:
     """All adapted inputs of a model."""
     model = learned(base(name), 1)
-    covariances = [covariance(model.layers[group].base.in_features, i) for i, group in enumerate(model.groups)]
+    covariances = [covariance(model.layers[group].in_features, i) for i, group in enumerate(model.groups)]
     del model
     # one basis for all, of as many directions as an update finds
     first = ours(covariances[0].new_zeros(len(covariances[0]), 0), covariance(len(covariances[0]), -1))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Row, interleave, memory_row, peak_bytes, time_row
 from benchmarks.models import RANK, SMALL, base, examples, learned
-from gainlora.learning.trainer import target_loss
-from gainlora.model.base import find_targets
-from gainlora.model.gainlora_model import GainLoRAModel
+from gainlora.model.modeling import GainLoRAModel
+from gainlora.model.targets import find_targets
+from gainlora.training.train import target_loss
 
 MANY = 15
 
@@ -57,21 +57,32 @@ class ModulePerBranch(nn.Module):
         return self.base(x) + self.scaling * (a * outputs).sum(0).to(x.dtype)
 
 
-class WithPeft(nn.Module):
-    """peft's LoRA on the same layers, called as the trainer calls a model."""
+class Plain(nn.Module):
+    """A transformers model, called as the trainer calls ours."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        targets = sorted({name.rsplit(".", 1)[-1] for name in find_targets(model, None)})
-        self.inner = model
-        self.wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False)
-        )
+        self.inner = self.wrapped = model
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
 
     def forward(self, labels: Tensor, **inputs: Any) -> Any:
         if self.inner.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.inner.prepare_decoder_input_ids_from_labels(labels=labels)
         return self.wrapped(**inputs)
+
+
+class WithPeft(Plain):
+    """peft's LoRA on the same layers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        targets = sorted({name.rsplit(".", 1)[-1] for name in find_targets(model, None)})
+        self.wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False)
+        )
 
 
 def naive(model: Any, branches: int) -> GainLoRAModel:
@@ -171,17 +182,14 @@ def rows(name: str, batch_size: int = 4, length: int = 128, rounds: int = 10) ->
         ("15 branches / 1 branch", "15", "1", "<= 1.15", "<= 1.10"),
         ("1 branch / peft LoRA", "1, equal", "peft", "<= 1.05", "<= 1.05"),
         ("1 branch and gate / peft LoRA", "1", "peft", "<= 1.05", "<= 1.05"),
-        ("15 branches / a module per branch", "15", "naive", "<= 0.5", "<= 0.5"),
+        ("15 branches / a module per branch", "15", "naive", "", "<= 0.5"),
     ):
         found.append(time_row(f"training step, {what}, {name}, time", times, side, against, time_target))
         found.append(memory_row(f"training step, {what}, {name}, memory", peaks, side, against, memory_target))
-    # how far the last ratio can fall at best, as the frozen base is in both sides; and without the base
-    found.append(
-        time_row(f"training step, 1 branch / 15 as a module per branch, {name}, time", times, "1", "naive", "")
-    )
+    # without the frozen base, which is most of a step on both sides
     added = {side: [t - one for t, one in zip(times[side], times["1"], strict=True)] for side in ("15", "naive")}
     what = f"training step, what 14 more branches add, ours / a module per branch, {name}, time"
-    return [*found, time_row(what, added, "15", "naive", "")]
+    return [*found, time_row(what, added, "15", "naive", "<= 0.1")]
 
 
 def run() -> list[Row]:

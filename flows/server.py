@@ -1,113 +1,79 @@
-"""The project's Prefect server and workers: found, started (`make serve`), ended (`make stop`).
+"""The Prefect server of this folder and the process that runs its deployments: `make serve`, `make stop`.
 
     python -m flows.server start [JOBS] | stop
 
-Two workers: one runs orders, JOBS of them side by side; the other runs sweeps, which only wait for the first.
-State lives in .prefect/ of the current folder: the database, a log of each process, and server.json
-({"url", "jobs", "server" and each worker: [pid, start time]}). A process is ended only when its id
-and its start time are those recorded, so a reused process id is never touched.
+`start` runs Prefect's own server (uvicorn) and `prefect.serve`, which runs JOBS flow runs side by side. State lives in
+.prefect/: Prefect's database, one log a process, and server.json ({"url", "folder", "jobs", and for "server" and
+"runner" [pid, start time]}). A process is signalled only when its id and its start time are those recorded, so a
+reused process id is never touched.
+
+The server answers this machine only. Prefect itself accepts any Host header and any site's scripts, so that a page open
+in a browser here could start flows (DNS rebinding, requests across sites); `create_app` refuses both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from gainlora.errors import GainLoRAError, told
+from gainlora import io
+from gainlora.errors import GainLoRAError, format_error
+from gainlora.prefect_server import RECORD, answers, read_record
+from gainlora.proxies import LOCAL, direct
 
-HOME = Path(".prefect")
-RECORD = HOME / "server.json"
-POOL, SWEEPS = "gainlora", "gainlora-sweeps"
-"""Work pools, and the names of their workers here."""
+HOME = RECORD.parent
 START_SECONDS = 120.0  # on two busy cores the server has been seen to take 40 s
 
 
-def default_url() -> str:
-    """API address of `make serve`: port PREFECT_PORT, by default 4200, on this machine only."""
-    return f"http://127.0.0.1:{_port()}/api"
+def environment(url: str | None = None) -> dict[str, str]:
+    """This process's environment for a Prefect process: state in .prefect, no telemetry, no proxy for local addresses.
 
-
-def answers(url: str, seconds: float = 2.0) -> bool:
-    """Whether a Prefect API answers at `url`."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=seconds) as reply:
-            return bool(json.load(reply) is True)
-    except (OSError, ValueError):
-        return False
-
-
-def find_server() -> str | None:
-    """API address to use: PREFECT_API_URL as it is, else the running server of `make serve`, else None."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
-    recorded = _record().get("url")
-    return next((url for url in (recorded, default_url()) if url and answers(url)), None)
-
-
-def environment(url: str | None) -> dict[str, str]:
-    """This process's environment for a Prefect child: state in .prefect, nothing reported home.
-
-    The plugin (gainlora/prefect_plugin.py) is off in children: it is for the `prefect` a user types.
+    The plugin (gainlora/prefect_plugin.py) is off: it serves the `prefect` command that a user types.
     """
     values = dict(os.environ)
     values.setdefault("PREFECT_HOME", str(HOME.resolve()))
-    # Where the cores are shared, OpenMP's busy waiting costs far more than it saves: a step of 18 s took minutes.
+    # On shared cores OpenMP's busy waiting is expensive: a step of 18 s took minutes.
     values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     values |= {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_PLUGINS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_SECONDS)),
-        # A cancelled run whose process is gone is called cancelled; one that lives is killed after 30 s.
+        # a cancelled run whose process is gone counts as cancelled; one that still lives is killed after 30 s
         "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "40",
+        **direct(),
     }
-    if url:
-        values["PREFECT_API_URL"] = url
-    return values
+    return values | ({"PREFECT_API_URL": url} if url else {})
 
 
-def check_place(deployment: Any, url: str) -> None:
-    """Refuse a deployment that works in another folder than this: a server's address says nothing of whose it is.
+def start(jobs: int | None = None) -> str:
+    """Start the server and the runner of its deployments, and wait until both are ready; the server's address.
 
-    Args:
-        deployment: as Prefect's API gives it; one without a place on this machine passes.
-
-    Raises:
-        GainLoRAError: it would read another params.yaml and write other runs.
-    """
-    for step in deployment.pull_steps or []:
-        place = (step.get("prefect.deployments.steps.set_working_directory") or {}).get("directory")
-        if place and Path(place).resolve() != Path.cwd():
-            own = "work in that folder, or start a server for this one: PREFECT_PORT=4300 make serve"
-            raise GainLoRAError(f"{url.rstrip('/')}: belongs to {place}: its deployments run there; {own}.")
-
-
-def start(jobs: int | None = None) -> None:
-    """Server, work pools, deployments and workers, all ready.
-
-    What already runs is kept, so starting twice only renews the deployments.
+    Running processes are kept.
 
     Args:
-        jobs: orders that may run side by side, sharing the cores; None: as many as the running worker does, or 1.
+        jobs: flow runs side by side, which share the cores; None: as many as the present runner, or 1.
 
     Raises:
-        GainLoRAError: the port is taken, a worker with another limit is there, or a process did not start.
+        GainLoRAError: the port is taken, a runner with another limit is there, or a process did not start.
     """
-    HOME.mkdir(exist_ok=True)
-    record, url = _record(), default_url()
-    if _process(record.get(POOL)) and jobs not in (None, record["jobs"]):
-        there = f"the worker that is there runs {record['jobs']} at once"
-        raise GainLoRAError(f"jobs: {jobs}: {there}; `make stop` ends it, or go on with it by not naming jobs.")
+    with io.waiting_lock(HOME / "start.lock"):
+        return _start(jobs)
+
+
+def _start(jobs: int | None) -> str:
+    record, url = _own_record(), f"http://127.0.0.1:{_port()}/api"
+    if _process(record.get("runner")) and jobs not in (None, record["jobs"]):
+        raise GainLoRAError(
+            f"jobs: {jobs}: the runner in this folder runs {record['jobs']} at once; `make stop` ends it, or continue "
+            "with it by not naming jobs."
+        )
     if not (record.get("url") == url and _process(record.get("server")) and answers(url)):
         if answers(url):
             remedy = "end it, or take another port: PREFECT_PORT=4300 make serve"
@@ -115,80 +81,78 @@ def start(jobs: int | None = None) -> None:
         if record.get("url") != url:
             stop()
             record = {}
-        # Else only the server is gone: workers wait for it, and what they run goes on.
-        app = ["--factory", "flows.guard:create_app", "--log-level", "warning"]
+        # else only the server is gone: the runner waits for it, and what it runs continues
+        app = ["--factory", "flows.server:create_app", "--log-level", "warning"]
         command = [sys.executable, "-m", "uvicorn", *app, "--host", "127.0.0.1", "--port", _port()]
         server = _spawn(command, environment(url), "server")
-        record = _write({**record, "url": url, "server": server})
+        record = _write({**record, "url": url, "folder": str(Path.cwd()), "server": server})
         _wait(lambda: answers(url), server, "server")
-    for command in (
-        ["work-pool", "create", POOL, "--type", "process", "--overwrite"],
-        ["work-pool", "create", SWEEPS, "--type", "process", "--overwrite"],
-        ["deploy", "--all"],
-    ):
-        done = subprocess.run(_prefect(command), env=environment(url), capture_output=True, text=True)
-        if done.returncode:
-            raise GainLoRAError(f"prefect {' '.join(command)} failed: {done.stdout}{done.stderr}")
-    if not _process(record.get(POOL)):
-        worker = _start_worker(POOL, jobs or 1, url)
-        record = _write({**record, POOL: worker, "jobs": jobs or 1})
-    if not _process(record.get(SWEEPS)):
-        record = _write({**record, SWEEPS: _start_worker(SWEEPS, 1, url)})
-    for pool in (POOL, SWEEPS):
-        _wait(functools.partial(_worker_online, url, pool), record[pool], pool)
+    if not _process(record.get("runner")):
+        jobs, values = jobs or 1, environment(url)
+        if jobs > 1:
+            values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+        ready = HOME / "runner.ready"
+        ready.unlink(missing_ok=True)
+        runner = _spawn([sys.executable, "-m", "flows.deployments", str(jobs), str(ready)], values, "runner")
+        record = _write({**record, "runner": runner, "jobs": jobs})
+        _wait(ready.exists, runner, "runner")
+    return url
 
 
 def stop() -> None:
-    """End exactly what `start` started: each worker's runs, which keep what is learned, it, and last the server."""
-    record = _record()
-    for name in (SWEEPS, POOL, "server"):
+    """End the processes of `start`: flow runs first, which keep finished work, then the runner, then the server."""
+    import psutil
+
+    record = _own_record()
+    for name in ("runner", "server"):
         if root := _process(record.get(name)):
-            _end(root.children(recursive=True))  # first: a worker that ends kills them
-            _end([*root.children(recursive=True), root])
+            for family in (root.children(recursive=True), [*root.children(recursive=True), root]):
+                for process in family:
+                    _signal(process, psutil.Process.terminate)
+                for process in psutil.wait_procs(family, timeout=20)[1]:
+                    _signal(process, psutil.Process.kill)
             print(f"{name} ended (process {root.pid})")
     RECORD.unlink(missing_ok=True)
 
 
-def _end(family: list[Any]) -> None:
-    """Ask processes to end, and insist after 20 s."""
-    import psutil
+def create_app() -> Any:
+    """Prefect's ASGI app behind a check of Host and Origin: only this machine, by name, and no page of another site."""
+    from prefect.server.api.server import create_app as prefect_app
+    from starlette.responses import PlainTextResponse
 
-    for process in family:
-        _signal(process, psutil.Process.terminate)
-    _, left = psutil.wait_procs(family, timeout=20)
-    for process in left:
-        _signal(process, psutil.Process.kill)
+    app = prefect_app(final=True)
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan" or _is_local(dict(scope["headers"])):
+            await app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await PlainTextResponse("This server answers its own machine only.", 403)(scope, receive, send)
+
+    return guarded
 
 
-def _start_worker(pool: str, limit: int, url: str) -> list[float]:
-    """A worker of a pool; its runs share this machine's cores. [pid, start time]."""
-    values = environment(url)
-    if limit > 1:
-        values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // limit)))
-    command = _prefect(["worker", "start", "--pool", pool, "--limit", str(limit), "--name", pool])
-    return _spawn(command, values, pool)
+def _is_local(headers: dict[bytes, bytes]) -> bool:
+    try:
+        host = urlsplit("//" + headers.get(b"host", b"").decode("latin-1"))
+        origin = urlsplit(headers[b"origin"].decode("latin-1")) if b"origin" in headers else host
+        return host.hostname in LOCAL and origin.hostname in LOCAL and origin.port == host.port
+    except ValueError:  # no address at all
+        return False
 
 
 def _port() -> str:
     return os.environ.get("PREFECT_PORT") or "4200"
 
 
-def _prefect(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-
-
 def _spawn(command: list[str], values: dict[str, str], name: str) -> list[float]:
-    """Start a Prefect process of its own session; [pid, start time]."""
+    """Start a process in a session of its own; [pid, start time]."""
     import psutil
 
     with (HOME / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
-            command,
-            env=values,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=values, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     return [process.pid, psutil.Process(process.pid).create_time()]
 
@@ -202,17 +166,6 @@ def _wait(ready: Callable[[], bool], process: list[float], name: str) -> None:
     log = HOME / f"{name}.log"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
     raise GainLoRAError(f"{name}: did not become ready; the end of {log}: {tail}")
-
-
-def _worker_online(url: str, pool: str) -> bool:
-    request = urllib.request.Request(
-        f"{url}/work_pools/{pool}/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
-            return any(worker["status"] == "ONLINE" for worker in json.load(reply))
-    except (OSError, ValueError):
-        return False
 
 
 def _process(entry: list[float] | None) -> Any:
@@ -236,15 +189,14 @@ def _signal(process: Any, send: Any) -> None:
         send(process)
 
 
-def _record() -> dict[str, Any]:
-    try:
-        return dict(json.loads(RECORD.read_text()))
-    except (OSError, ValueError):
-        return {}
+def _own_record() -> dict[str, Any]:
+    """What was started here; in a copied folder the record is of the other one's processes."""
+    record = read_record()
+    return record if record.get("folder") == str(Path.cwd()) else {}
 
 
 def _write(record: dict[str, Any]) -> dict[str, Any]:
-    RECORD.write_text(json.dumps(record))
+    io.write_json(RECORD, record)
     return record
 
 
@@ -253,9 +205,8 @@ def main(arguments: list[str]) -> int:
     try:
         match arguments:
             case ["start", *jobs] if len(jobs) < 2 and all(word.isdecimal() and int(word) for word in jobs):
-                start(*map(int, jobs))
-                url = str(_record()["url"]).removesuffix("/api")
-                print(f"Prefect is ready: {url}  (logs: {HOME}/*.log)")
+                url = start(*map(int, jobs))
+                print(f"Prefect is ready: {url.removesuffix('/api')}  (logs: {HOME}/*.log)")
                 print("Start a run:  prefect deployment run continual-embedded      End it all:  make stop")
             case ["stop"]:
                 stop()
@@ -263,7 +214,7 @@ def main(arguments: list[str]) -> int:
                 print("usage: python -m flows.server start [JOBS] | stop", file=sys.stderr)
                 return 2
     except GainLoRAError as error:
-        print(told(str(error)), file=sys.stderr)
+        print(format_error(str(error)), file=sys.stderr)
         return 1
     return 0
 

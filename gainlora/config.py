@@ -1,250 +1,96 @@
-"""One run as frozen dataclasses: what is learned, by which method, how.
+"""The configuration of a run: params.yaml -> one frozen `RunConfig`.
 
-Sections and options have the names that params.yaml gives them (`gainlora/params.py` reads it). Contradictions are
-refused here, by the option's name, before anything is fetched, loaded or written.
+Later layers win: the sections of params.yaml, then the values of the model in use (those for every order, then those
+for the order's template, then those under a protocol), then those of `data.protocol` (for every order, then for the
+order's template), then the order's own `settings`, then overrides (--set, --method, `--param` of a deployment).
+A command reads params.yaml once and passes the object down. Wrong values are refused here, before anything is fetched,
+loaded or written, by one GainLoRAError that names the option, the value and the expected ones.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
 
 from gainlora import rules
-from gainlora.errors import GainLoRAError
-from gainlora.plain import build
+from gainlora.errors import GainLoRAError, did_you_mean, short_repr
+from gainlora.io import read_yaml
+from gainlora.parsing import option_names, parse
+from gainlora.sections import (
+    DataConfig,
+    EvaluateConfig,
+    GateConfig,
+    LaunchConfig,
+    LoraConfig,
+    ModelConfig,
+    OrderConfig,
+    PromoteConfig,
+    ReportConfig,
+    Section,
+    SubspaceConfig,
+    TrackingConfig,
+    TrainConfig,
+)  # fmt: skip
+
+T = TypeVar("T")
+EXAMPLE_LIMITS = ("data.train_limit", "data.test_limit")
 
 
-def is_name(text: str) -> bool:
-    """Whether it may stand for an order or task, and so be a part of paths: it never leads out of a folder."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text) is not None
+class Settings(Section):
+    """The sections that do not affect what is learned: changing them never retrains."""
+
+    launch: LaunchConfig = LaunchConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    report: ReportConfig = ReportConfig()
+    promote: PromoteConfig = PromoteConfig()
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The frozen base model."""
-
-    name: str = "smollm2-135m"
-    """A model of params.yaml's `models` (`smollm2-135m`, the embedded one, `t5-large`, ...), a hub id, or a folder."""
-    source: str | None = None
-    """Hub id or folder that `name` stands for; null: `name` itself."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base. `auto`: bfloat16 where the device computes in it, float32 elsewhere.
-    Branches, gates, bases and covariances are float32 in every case."""
-    device_map: Literal["auto"] | None = None
-    """`auto`: one process spreads the base over its GPUs, some layers on each; null: all of it on the first."""
-
-    @property
-    def location(self) -> str:
-        """Where the weights are."""
-        return self.source or self.name
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How task files become examples and tokens."""
-
-    max_prompt_tokens: int = 160
-    """Longer prompts lose tokens at their start, so that "Output: " survives."""
-    max_target_tokens: int = 50
-    """Longer targets lose tokens at their end."""
-    train_limit: int | None = 320
-    """Training examples per task, the same for every seed; null takes all."""
-    test_limit: int | None = 100
-    """Test examples per task, the same for every seed; null takes all."""
-    references: Literal["all", "first"] = "all"
-    """Score against every reference of an instance (best match), or the first (the authors' protocol)."""
-    skip_incomplete: bool = False
-    """Run an order without the tasks whose files are missing, and record that."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank branches: e = W h + (alpha / rank) * sum_i a_i B_i A_i h."""
-
-    rank: int = 8
-    """Rows of A_i, columns of B_i."""
-    alpha: float = 16.0
-    """Scaling numerator."""
-    targets: tuple[str, ...] | None = None
-    """Names of the linear layers to adapt; null: q and v projections of every attention."""
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """The gating module g_i, one per task (used by `gainlora-*` methods)."""
-
-    hidden: int = 50
-    """Width of the hidden layer(s): 100 for T5, 50 for Llama in the paper."""
-    depth: int = 2
-    """L, the number of hidden layers: shapes d -> hidden -> ... -> d."""
-    score: Literal["cosine", "linear"] = "cosine"
-    """`cosine`: b = 4 cos(p_L, key), the authors' code. `linear`: b = key . p_L, the paper's equation."""
-    key_norm: float | None = None
-    """Norm of a new key; null: sqrt(d / 3), the authors' T5."""
-    initial_direction: Literal["svd", "random"] = "svd"
-    """A new key's direction: top direction of the task's features outside the memory, or a Gaussian."""
-    constrain_init: bool = True
-    """False (ablation): the new key is not projected out of the memory."""
-    constrain_update: bool = True
-    """False (ablation): the gate trains without the memory's constraint."""
-
-
-@dataclass(frozen=True)
-class SubspaceConfig:
-    """Gradient projection memory of gates and of InfLoRA's layers."""
-
-    threshold: float = 0.995
-    """Share of energy that a layer's basis keeps at task 1; rises to 1 over `horizon` tasks."""
-    gate_threshold: float = 0.995
-    """The same for the gate's bases."""
-    energy: Literal["covariance", "representation"] = "covariance"
-    """Energy of a direction: singular value of the covariance squared (the authors), or the value itself."""
-    horizon: int | None = None
-    """H of the schedule e_t = e + (1 - e) (t - 1) / H; null: the number of tasks of the order."""
-    covariance_blocks: int = 1
-    """Keep layer covariances block-diagonal, b blocks of d/b inputs (for d of several thousand)."""
-    max_examples: int | None = None
-    """Cap on the training examples of a pass for covariances (or EWC's Fisher); null: all that are trained on."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Learning one task."""
-
-    learning_rate: float = 1e-3
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    epochs: int = 1
-    batch_size: int = 8
-    """Examples per optimizer step."""
-    micro_batch_size: int | None = None
-    """Examples per forward pass (gradient accumulation); null: batch_size. Must divide batch_size."""
-    weight_decay: float = 0.0
-    penalty_weight: float | None = None
-    """Factor of the rule's penalty in the loss (olora, nlora, clora, ewc); null: the rule's own (gainlora/rules)."""
-    max_grad_norm: float | None = 1.0
-    """Clip the gradient's norm; null: never."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward (non-reentrant): less memory, more time."""
-    checkpoint_every: int | None = 50
-    """Steps between two checkpoints of a task in training: at most that many are repeated after a crash. null: none."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Generation on the seen tasks' test examples."""
-
-    batch_size: int = 25
-    num_beams: int = 1
-
-
-@dataclass(frozen=True)
-class OrderConfig:
-    """A sequence of tasks."""
-
-    name: str
-    data: str
-    """Folder with one folder per task, each with train.json and test.json."""
-    template: Literal["superni", "long_sequence"]
-    """Prompt template."""
-    metric: Literal["rouge_l", "exact_match"]
-    """Score of a task, 0 to 100."""
-    tasks: tuple[str, ...]
-    """Task folders in the order they are learned."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run: what is learned, by which method, how."""
+class RunConfig(Settings):
+    """The configuration of one run."""
 
     order: OrderConfig
     method: str = "gainlora-inflora"
     """A branch rule, or `gainlora-` and a branch rule."""
-    seed: int = 42
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
-    subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """With the task's index, the only source of randomness."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    gate: GateConfig = GateConfig()
+    subspace: SubspaceConfig = SubspaceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    _limits: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+    @property
+    def overridden_limits(self) -> tuple[str, ...]:
+        """Example limits that were given for this run, in place of params.yaml's: such a run is not promoted."""
+        return self._limits
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         if self.method not in rules.methods():
-            bare = self.method.removeprefix("gainlora-")
-            why = f"; gates cannot weigh the branches of {bare!r}" if bare in rules.names() else ""
-            raise GainLoRAError(f"method: {self.method!r} is unknown{why}; choose from {', '.join(rules.methods())}.")
-        at_least = {
-            "seed": (self.seed, 0),
-            "data.max_prompt_tokens": (self.data.max_prompt_tokens, 8),
-            "data.max_target_tokens": (self.data.max_target_tokens, 1),
-            "data.train_limit": (self.data.train_limit, 1),
-            "data.test_limit": (self.data.test_limit, 1),
-            "lora.rank": (self.lora.rank, 1),
-            "gate.hidden": (self.gate.hidden, 1),
-            "gate.depth": (self.gate.depth, 1),
-            "subspace.horizon": (self.subspace.horizon, 1),
-            "subspace.covariance_blocks": (self.subspace.covariance_blocks, 1),
-            "subspace.max_examples": (self.subspace.max_examples, 1),
-            "train.epochs": (self.train.epochs, 1),
-            "train.batch_size": (self.train.batch_size, 1),
-            "train.micro_batch_size": (self.train.micro_batch_size, 1),
-            "train.checkpoint_every": (self.train.checkpoint_every, 1),
-            "evaluate.batch_size": (self.evaluate.batch_size, 1),
-            "evaluate.num_beams": (self.evaluate.num_beams, 1),
-        }
-        for option, (value, minimum) in at_least.items():
-            if value is not None and not value >= minimum:
-                raise GainLoRAError(f"{option}: {value} is too small; give at least {minimum}.")
-        above_zero = {
-            "lora.alpha": self.lora.alpha,
-            "gate.key_norm": self.gate.key_norm,
-            "train.learning_rate": self.train.learning_rate,
-            "train.max_grad_norm": self.train.max_grad_norm,
-        }
-        for option, number in above_zero.items():
-            if number is not None and not 0 < number < float("inf"):
-                raise GainLoRAError(f"{option}: {number} must be a finite number above 0.")
-        not_negative = {
-            "train.weight_decay": self.train.weight_decay,
-            "train.penalty_weight": self.train.penalty_weight,
-        }
-        for option, number in not_negative.items():
-            if number is not None and not 0 <= number < float("inf"):
-                raise GainLoRAError(f"{option}: {number} must be finite and not negative.")
-        for option, text in (
-            ("model.name", self.model.name),
-            ("model.source", self.model.location),
-            ("order.data", self.order.data),
-        ):
-            if not text:
-                raise GainLoRAError(f"{option}: empty; name a folder or, for the model, a hub id.")
-        for option, share in (
-            ("subspace.threshold", self.subspace.threshold),
-            ("subspace.gate_threshold", self.subspace.gate_threshold),
-        ):
-            if not 0 < share <= 1:
-                raise GainLoRAError(f"{option}: {share} is no share of energy; give a number in (0, 1].")
-        micro = self.train.micro_batch_size
-        if micro is not None and self.train.batch_size % micro:
+            bare = rules.bare(self.method)
+            why = f"; nothing can weigh the branches of {bare!r} by the prompt" if bare in rules.names() else ""
             raise GainLoRAError(
-                f"train.micro_batch_size: {micro} does not divide train.batch_size ({self.train.batch_size})."
+                f"method: {short_repr(self.method)} is unknown{why}; choose from {', '.join(rules.methods())}."
             )
-        names = self.order.tasks
-        if not names:
-            raise GainLoRAError(f"orders.{self.order.name}.tasks: empty; name at least one task folder.")
-        for name in (self.order.name, *names):  # they become parts of paths
-            if not is_name(name):
-                raise GainLoRAError(
-                    f"orders.{self.order.name}: {name!r} is no name of an order or task; use letters, digits, _ - and ."
-                )
-        for name in names:
-            if names.count(name) > 1:
-                raise GainLoRAError(f"orders.{self.order.name}.tasks: {name!r} appears more than once.")
+        if self.train.keep == "best" and not self.data.validation:
+            raise GainLoRAError(
+                "train.keep: best needs validation examples, and data.validation is 0; give it a fraction, or set "
+                "train.keep to last."
+            )
+        if self.train.patience and not self.data.validation:
+            raise GainLoRAError(
+                f"train.patience: {self.train.patience} needs validation examples, and data.validation is 0; give it a "
+                "fraction, or set train.patience to null."
+            )
+        self.check_processes(self.launch.num_processes)
+        return self
 
     @property
     def rule(self) -> rules.BranchRule:
@@ -253,8 +99,28 @@ class Config:
 
     @property
     def gated(self) -> bool:
-        """Whether branches are weighed by gates (`gainlora-*`) or all by 1."""
-        return self.method.startswith("gainlora-")
+        """Whether branches are weighed by gates (`gainlora-*`)."""
+        return self.method.startswith(rules.GATED)
+
+    @property
+    def integration(self) -> Literal["gated", "routed", "equal", "single"]:
+        """What gives the branches' coefficients (`gainlora.model.modeling.GainLoRAConfig`)."""
+        if self.gated:
+            return "gated"
+        return "routed" if self.method.startswith(rules.ROUTED) else "single" if self.rule.task_known else "equal"
+
+    @property
+    def note(self) -> str:
+        """A caveat about the protocol for readers of the results; usually empty."""
+        if self.data.protocol == "published" and self.order.template == "superni":
+            return "published protocol, trained for the stated epochs: the authors' selection on test not reproduced"
+        return ""
+
+    def epochs(self, name: str, examples: int) -> int:
+        """Passes over the training examples of a step (a task's name): at least `train.min_steps` optimizer steps."""
+        asked = self.train.task_epochs.get(name)
+        steps = math.ceil(examples / self.train.batch_size)
+        return asked or max(self.train.epochs, math.ceil((self.train.min_steps or 1) / max(1, steps)))
 
     def check_processes(self, count: int) -> None:
         """Refuse more processes than a step has examples, and several that each would take all GPUs."""
@@ -269,11 +135,225 @@ class Config:
                 "start fewer."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+    @classmethod
+    def of(cls, model: str, **options: Any) -> RunConfig:
+        """The defaults with some options, for tasks in memory: no order is given in advance.
+
+        Args:
+            model: `model.name`.
+            options: by the option's own name, or section__name where sections share it.
+
+        Raises:
+            GainLoRAError: an option is unknown, wrong, or several sections have it.
+        """
+        values: dict[str, Any] = {"order": {"name": "tasks", "data": "memory", "tasks": []}, "model": {"name": model}}
+        values["order"] |= {"template": "long_sequence", "metric": "exact_match"}
+        sections = [
+            name for name in cls.model_fields if name not in Settings.model_fields and option_names((name,), cls)
+        ]
+        for name, value in options.items():
+            option = name.replace("__", ".")
+            if "." not in option and option not in cls.model_fields:
+                here = [s for s in sections if option in option_names((s,), cls) and s != "order"]
+                found = [s for s in here if (s, option) != ("gate", "learning_rate")]  # alone, it is train's
+                found = found or ["order"] * (option == "metric")
+                if len(found) != 1:
+                    known = [f for s in sections for f in option_names((s,), cls)]
+                    several = " or ".join(f"{s}__{option}" for s in found)
+                    why = f"is {several}; say which" if found else f"unknown option{did_you_mean(option, known)}"
+                    raise GainLoRAError(f"{name}: {why}.")
+                option = f"{found[0]}.{option}"
+            _set(values, option, value, "override")
+        return parse(cls, values)
+
+    def with_options(self, options: Mapping[str, Any]) -> RunConfig:
+        """This configuration with other values, by dotted option, e.g. {"subspace.horizon": 5}; checked again."""
+        values = self.model_dump()
+        for option, value in options.items():
+            _set(values, option, value, "override")
+        return parse(RunConfig, values)
+
+    def learning(self) -> dict[str, Any]:
+        """The options that decide what is learned, ready for JSON, as in a run's config.json."""
+        return self.model_dump(mode="json", exclude=set(Settings.model_fields))
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration of a run from its config.json, of this version or an earlier one.
+
+        Raises:
+            GainLoRAError: an option is unknown or wrong.
+        """
+        return parse(cls, complete(values))
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The Config of `Config.to_dict()`'s output, as a run's config.json holds it."""
-    return typing.cast(Config, build(Config, values, ""))
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run recorded, by their present names, with the defaults of options that did not exist then."""
+    if isinstance(data := values.get("data"), Mapping):
+        values = {**values, "data": {"truncate": "start", **data}}  # the behavior before the option existed
+    if isinstance(train := values.get("train", {}), Mapping):
+        values = {**values, "train": {"min_steps": None, **train}}  # as above
+    gate = values.get("gate")
+    if isinstance(gate, Mapping) and "constrain_init" in gate:
+        others = {name: value for name, value in gate.items() if name != "constrain_init"}
+        values = {**values, "gate": {"initial_key": "orthogonal" if gate["constrain_init"] else "open", **others}}
+    sections = {n: f.default for n, f in RunConfig.model_fields.items() if n not in Settings.model_fields}
+    defaults = {n: s.model_dump(mode="json") for n, s in sections.items() if isinstance(s, Section)}
+    return {**values, **{n: {**d, **g} for n, d in defaults.items() if isinstance(g := values.get(n, {}), Mapping)}}
+
+
+# ---- files and layers -------------------------------------------------------------------------------------------
+
+
+CASES = ("superni", "long_sequence", "protocol")
+"""A model or protocol may have values for orders of one prompt template, a model also for runs under any protocol."""
+TASK_EPOCHS = "train.task_epochs."
+Params = str | Path | Mapping[str, Any]
+"""params.yaml, or its content where a command has read it already (`read_params`)."""
+
+
+def read_params(params: str | Path = "params.yaml") -> dict[str, Any]:
+    """The file's raw content.
+
+    Raises:
+        GainLoRAError: not there, not YAML, or not a mapping.
+    """
+    path = Path(params)
+    raw = read_yaml(path, "run from the project's folder, which holds it", "correct it")
+    if not isinstance(raw, dict):
+        raise GainLoRAError(f"{path}: holds {type(raw).__name__}, not sections; write it as `section:` and options.")
+    return raw
+
+
+def load_settings(params: Params = "params.yaml") -> Settings:
+    """launch, tracking, report and promote: all that a command on an existing run needs.
+
+    Raises:
+        GainLoRAError: an option is unknown or wrong. Without a params.yaml the defaults hold.
+    """
+    raw = _content(params, optional=True)
+    return parse(Settings, {name: raw[name] for name in Settings.model_fields if raw.get(name) is not None})
+
+
+def load_config(order: str, overrides: Mapping[str, Any] | None = None, params: Params = "params.yaml") -> RunConfig:
+    """The configuration of one run.
+
+    Args:
+        order: a name under `orders` in the file, or a YAML file of its own with such an entry.
+        overrides: dotted option -> value, laid over the file's values, e.g. {"train.learning_rate": 5e-4}.
+        params: the file, or its content; an order's own file needs none.
+
+    Raises:
+        GainLoRAError: unknown file, order or option, a value of the wrong type, or a contradiction.
+    """
+    file = params if isinstance(params, str | Path) else "params.yaml"
+    own_file = Path(order).suffix in (".yaml", ".yml")
+    values = _content(params, optional=own_file)
+    models, protocols = values.pop("models", None) or {}, values.pop("protocols", None) or {}
+    name, entry, where = _order(order, values.pop("orders", None), file)
+    if "order" in values:
+        raise GainLoRAError(f"{file}: order: unknown option; did you mean 'orders'.")
+    settings = (entry.get("settings") or {}) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(settings, dict) or "name" in entry:
+        raise GainLoRAError(f"{where}: expected data, template, metric, tasks and perhaps settings (option: value).")
+    values["order"] = {"name": name, **{key: value for key, value in entry.items() if key != "settings"}}
+    chosen = {**settings, **(overrides or {})}
+
+    def asked(section: str, name: str) -> Any:
+        base = values.get(section)
+        return chosen.get(f"{section}.{name}", base.get(name) if isinstance(base, dict) else None)
+
+    model, protocol = asked("model", "name") or ModelConfig().name, asked("data", "protocol")
+    if isinstance(protocol, str) and isinstance(protocols, dict) and protocol not in protocols:
+        known = did_you_mean(str(protocol), protocols)
+        raise GainLoRAError(f"data.protocol: {file} has no {short_repr(protocol)} under protocols{known}.")
+    cases = [str(asked("order", "template"))]
+    layers = _layers("models", models, model, [*cases, "protocol"] if protocol else cases, file)
+    layers |= _layers("protocols", protocols, protocol, cases, file)
+    for source, layer in {**layers, f"{where}.settings": settings, "override": overrides or {}}.items():
+        if "train.epochs" in layer and isinstance(values.get("train"), dict):
+            values["train"] = {
+                **values["train"],
+                "task_epochs": {},
+            }  # a lower layer's exceptions do not outlive its rule
+        for option, value in layer.items():
+            _set(values, str(option), value, source)
+    empty = [
+        name for name, value in values.items() if value is None and option_names((name,), RunConfig)
+    ]  # `train:` without options
+    config = parse(RunConfig, {name: value for name, value in values.items() if name not in empty})
+    if not config.order.tasks:
+        raise GainLoRAError(f"orders.{config.order.name}.tasks: empty; name at least one task folder.")
+    for task in (str(option).removeprefix(TASK_EPOCHS) for option in chosen if str(option).startswith(TASK_EPOCHS)):
+        if task not in config.order.tasks:
+            closest = did_you_mean(task, config.order.tasks)
+            raise GainLoRAError(f"{TASK_EPOCHS}{task}: no task of order {config.order.name}{closest}.")
+    for task in config.order.sources:
+        if task not in config.order.tasks:
+            raise GainLoRAError(
+                f"{where}.sources: {short_repr(task)} is no task{did_you_mean(task, config.order.tasks)}."
+            )
+    config._limits = tuple(option for option in overrides or () if option in EXAMPLE_LIMITS)
+    return config
+
+
+def order_names(params: Params = "params.yaml") -> list[str]:
+    """Names of the orders that the file describes."""
+    return list(_content(params).get("orders") or {})
+
+
+def _content(params: Params, optional: bool = False) -> dict[str, Any]:
+    if isinstance(params, Mapping):
+        return dict(params)
+    return {} if optional and not Path(params).exists() else read_params(params)
+
+
+def _order(order: str, orders: Any, params: str | Path) -> tuple[str, Any, str]:
+    """Name, entry and place of an order of the file, or of an order's own file."""
+    path = Path(order)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise GainLoRAError(f"{order}: no such file; name an order of {params}, or a YAML file with one.")
+        if isinstance(orders, dict) and path.stem in orders:
+            raise GainLoRAError(f"{order}: {params} has an order {path.stem!r} already; give the file another name.")
+        return path.stem, read_params(path), str(path)
+    if not isinstance(orders, dict) or not orders:
+        raise GainLoRAError(f"{params}: section 'orders' is missing; it names the task sequences.")
+    if order not in orders:
+        remedy = "; a file of your own ends in .yaml"
+        raise GainLoRAError(f"{params}: no order {short_repr(order)}{did_you_mean(order, orders)}{remedy}.")
+    return order, orders[order], f"{params}: orders.{order}"
+
+
+def _layers(section: str, entries: Any, name: Any, cases: Sequence[str], file: str | Path) -> dict[str, dict[str, Any]]:
+    """The values of an entry of `models` or `protocols` by where they stand: those that always count, then those of
+    each case; none without such an entry."""
+    if not isinstance(entries, dict):
+        raise GainLoRAError(f"{file}: {section}: got {short_repr(entries)}, expected names with options.")
+    where, entry = f"{file}: {section}.{name}", entries.get(str(name)) or {}
+    special = {key: entry[key] or {} for key in CASES if key in entry} if isinstance(entry, dict) else None
+    if special is None or not all(isinstance(layer, dict) for layer in special.values()):
+        raise GainLoRAError(f"{where}: expected options, and under {', '.join(CASES)} those for such orders.")
+    general = {option: value for option, value in entry.items() if option not in CASES}
+    return {where: general, **{f"{where}.{case}": special.get(case, {}) for case in cases}}
+
+
+def _set(values: dict[str, Any], option: str, value: Any, source: str) -> None:
+    """values["a"]["b"] = value for option "a.b" of a layer; sections are copied, as layers share them."""
+    *sections, name = option.split(".", 2)  # a task's name, in train.task_epochs.<task>, may hold dots
+    if not all((*sections, name)):
+        raise GainLoRAError(f"{source}: {short_repr(option)} is no option; write <section>.<name>.")
+    if [*sections, name][0] in Settings.model_fields and (source != "override" or not option.startswith("launch.")):
+        launch = " or for a run" if option.startswith("launch.") else ""
+        raise GainLoRAError(f"{source}: {option}: is set in params.yaml{launch} only, as no run depends on it.")
+    here = values
+    for section in sections:
+        inner = here.get(section) or {}
+        if not isinstance(inner, dict):
+            raise GainLoRAError(f"{source}: {option!r} is no option; {section!r} holds a value, not a section.")
+        here[section] = here = dict(inner)
+    if isinstance(here.get(name), dict) or (
+        not sections and name in RunConfig.model_fields and option_names((name,), RunConfig)
+    ):
+        raise GainLoRAError(f"{source}: {option!r} is a section; set its options one by one ('{option}.<name>').")
+    here[name] = value

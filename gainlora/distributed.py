@@ -1,9 +1,9 @@
-"""Several processes that learn one run together, started by `accelerate launch`; alone, a process does nothing here.
+"""Several processes that learn one run together, started by `accelerate launch`; without it, all functions are no-ops.
 
-Each process holds the frozen base (or its shard, gainlora/model/base.py) and the whole adapter. They share a step's or
-a pass's batches (`share`) and add up what came of them (`add`, `gather`): gradients, sums for covariances, answers.
-So every process takes the same step, and their adapters stay equal. The first one alone writes files and decides what
-is on disk (`first`).
+Each process holds the frozen base (or its shard, gainlora/model/base.py) and the whole adapter. They share the batches
+of a step or pass (`split`) and combine the results (`all_reduce_sum`, `all_gather`): gradients, covariances, answers.
+So every process takes the same step, and their adapters stay equal. Only the first one reads and writes a run's files
+(`on_main`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -20,17 +21,20 @@ from torch import Tensor
 from gainlora.errors import GainLoRAError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for the others: longer than one of them decomposes or writes. The launcher ends processes
+whose peer died."""
 
 
-class Lost(Exception):
-    """Another process has ended, and with it the work of all. What is wrong is for that process to say."""
+class PeerProcessDied(Exception):
+    """A peer process ended; its own error explains why."""
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of this `accelerate launch`; each gets a device of its own.
+    """Join the process group of this `accelerate launch`; each process gets its own device.
 
     Raises:
-        GainLoRAError: there are too few devices, or accelerate's configuration asks for what is not done here.
+        GainLoRAError: too few devices, or accelerate's configuration requests an unsupported feature.
     """
     from accelerate import PartialState
 
@@ -48,11 +52,11 @@ def join(device: torch.device) -> None:
             f"launch.num_processes: process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs; start "
             "one for each."
         )
-    PartialState(cpu=device.type == "cpu")
+    PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def leave() -> None:
-    """Say that this process is done, as NCCL wants it."""
+    """Leave the process group, as NCCL requires."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -68,50 +72,47 @@ def index() -> int:
 
 
 def sharded() -> bool:
-    """Whether each process keeps a shard of the base only: accelerate's FSDP."""
+    """Whether each process holds only a shard of the base (accelerate's FSDP)."""
     return count() > 1 and _set("ACCELERATE_USE_FSDP")
 
 
-def share(items: Sequence[T]) -> list[tuple[T, bool]]:
+def split(items: Sequence[T]) -> list[tuple[T, bool]]:
     """This process's items, each with whether it counts.
 
-    Every process gets as many, for they make each forward pass together where the base is sharded: with none left,
-    the last item is done once more and does not count.
+    Every process gets the same number, since a sharded base needs all of them for each forward pass: a process without
+    items left repeats the last one, which does not count.
     """
     rounds = -(-len(items) // count())
     mine = range(index(), rounds * count(), count())
     return [(items[min(i, len(items) - 1)], i < len(items)) for i in mine]
 
 
-def add(tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> list[float]:
-    """Add up the processes' tensors, in place, and numbers, returned: in one message, and for all the same.
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over all processes, in place and in one message.
 
     Args:
         tensors: of one dtype and device; at least one.
     """
     if count() == 1:
-        return list(numbers)
-    last = torch.tensor(numbers, dtype=tensors[0].dtype, device=tensors[0].device)
-    flat = torch.cat([*(t.detach().flatten() for t in tensors), last])
+        return
+    flat = torch.cat([t.detach().flatten() for t in tensors])
     with _together():
         dist.all_reduce(flat)
-    *parts, last = flat.split([*(t.numel() for t in tensors), len(numbers)])
     with torch.no_grad():
-        for tensor, part in zip(tensors, parts, strict=True):
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-    return last.tolist()
 
 
-def copy_first(tensors: Sequence[Tensor]) -> None:
-    """Give all processes the first one's values, in place."""
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Copy the first process's values to all, in place."""
     with torch.no_grad():
         for tensor in tensors if index() else ():
             tensor.zero_()
-    add(tensors)
+    all_reduce_sum(tensors)
 
 
-def gather(values: list[T]) -> list[T]:
-    """The values of all processes, one process after another."""
+def all_gather(values: list[T]) -> list[T]:
+    """The values of all processes, in their order."""
     if count() == 1:
         return values
     found: list[list[T]] = [[] for _ in range(count())]
@@ -120,9 +121,9 @@ def gather(values: list[T]) -> list[T]:
     return [value for part in found for value in part]
 
 
-def first(make: Callable[[], T]) -> T:
-    """What the first process makes, on all of them."""
-    return gather([make()] if index() == 0 else [])[0]
+def on_main(make: Callable[[], T]) -> T:
+    """Call a function on the first process and return its result on all of them."""
+    return all_gather([make()] if index() == 0 else [])[0]
 
 
 def _set(variable: str) -> bool:
@@ -135,5 +136,5 @@ def _together() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:  # this process's own
         raise
-    except RuntimeError as error:  # gloo's and NCCL's alike
-        raise Lost(str(error)) from error
+    except RuntimeError as error:  # of gloo and NCCL
+        raise PeerProcessDied(str(error)) from error

@@ -1,19 +1,33 @@
-"""Progress bars on a terminal, silence elsewhere (a worker's log keeps one line per finished task)."""
+"""Progress bars on a terminal and in notebooks, silence elsewhere (a worker's log keeps one line per finished task)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
 
-def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """`items` with a bar that vanishes when done; of several processes the first one's."""
+@cache
+def terminal() -> Console:
+    """The console of all bars, so that those of parts stand below that of the run."""
     from rich.console import Console
+
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # accelerate launch numbers its processes
+
+
+def shown() -> bool:
+    """Whether bars are shown."""
+    return terminal().is_terminal or terminal().is_jupyter
+
+
+def track(items: Sequence[T], description: str) -> Iterable[T]:
+    """`items` with a transient bar."""
     from rich.progress import track as rich_track
 
-    console = Console(stderr=True)
-    hidden = os.environ.get("RANK", "0") != "0"  # accelerate launch numbers its processes
-    return rich_track(items, description, console=console, transient=True, disable=not console.is_terminal or hidden)
+    return rich_track(items, description, console=terminal(), transient=True, disable=not shown())

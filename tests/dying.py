@@ -1,6 +1,6 @@
 """Processes that die by SIGKILL at a named point, with no hook in the code that they run.
 
-    killed_at("gainlora.learning.stream:prepare_task", 2, run, root, method)
+    killed_at("gainlora.runs.run:prepare_task", 2, run, root, method)
 
 runs `run(root, method)` in a process of its own until that function is called for the second time. Children are forked
 from a server that has imported what takes seconds, and has done nothing else: each starts in a moment.

@@ -1,4 +1,4 @@
-"""A run folder with made-up numbers, in the layout that Stream writes: no model, no training."""
+"""A run folder with made-up numbers, in the layout that Run writes: no model, no training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gainlora.config import Config, OrderConfig
+from gainlora.config import RunConfig
+from gainlora.sections import OrderConfig
 
+BASE, MAJORITY, BEFORE = 10.0, 25.0, 14.0
+"""Scores on a new task of a fake run's base model, of the most frequent label, and of the model before the task."""
 TASKS = ("movie_sentiment", "news_topic", "text_source", "review_or_plot")
 
 
@@ -36,8 +39,10 @@ def write_run(
         code: start of the learning code's digest.
         options: dotted option -> value, laid over the defaults; nothing is checked.
     """
-    order_config = OrderConfig(order, f"data/{order}", "long_sequence", "exact_match", tuple(tasks))
-    config = Config(order_config, "seqlora", seed).to_dict() | {"method": method}
+    order_config = OrderConfig(
+        name=order, data=f"data/{order}", template="long_sequence", metric="exact_match", tasks=tuple(tasks)
+    )
+    config = RunConfig(order=order_config, method="seqlora", seed=seed).learning() | {"method": method}
     for option, value in {"model.name": model, **(options or {})}.items():
         section, name = option.split(".")
         config[section][name] = value
@@ -59,13 +64,16 @@ def write_run(
 
 
 def measures(R: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """AP, FT and BWT after the last row of R."""
-    T = len(R)
-    AP = sum(R[-1]) / len(R[-1])
+    """All measures after the last row of R."""
+    T, at_once = len(R), len(R[0]) > 1
+    means = [sum(row) / len(row) for row in R]
+    LA = None if at_once else round(sum(row[-1] for row in R) / T, 4)
+    found = {"AP": means[-1], "FT": None, "BWT": None, "LA": LA, "AIA": None if at_once else round(sum(means) / T, 4)}
     if T == 1:
-        return {"AP": AP, "FT": None, "BWT": None}
+        return {**found, "FWT": None}
     FT = sum(max(R[t][i] for t in range(i, T)) - R[-1][i] for i in range(T - 1)) / (T - 1)
-    return {"AP": AP, "FT": FT, "BWT": sum(R[-1][i] - R[i][i] for i in range(T - 1)) / (T - 1)}
+    BWT = sum(R[-1][i] - R[i][i] for i in range(T - 1)) / (T - 1)
+    return {**found, "FT": FT, "BWT": BWT, "FWT": BEFORE - BASE}
 
 
 def mean_coefficients(t: int, i: int) -> list[float]:
@@ -109,6 +117,10 @@ def _write_task(
     seconds = {"prepare": 1.0, "train": 6.0, "update": 0.5, "evaluate": 2.5}
     counts = {"truncated": 1, "trainable_parameters": 460_800, "num_processes": 1}
     scores = {"task": names[t - 1], "index": t, "scores": dict(zip(seen, R[-1], strict=True))}
+    new = seen if len(names) < len(tasks) else seen[-1:]
+    scores |= {"base": dict.fromkeys(new, BASE), "majority": dict.fromkeys(new, MAJORITY)}
+    scores |= {"before": dict.fromkeys(new, BEFORE)} if t > 1 else {}
+    scores |= {"general": {"loss": 3.25, "base_loss": 3.0, "kl": 0.125, "text": "abc"}}
     _write(folder / "scores.json", {**scores, **measures(R), "seconds": seconds, **counts})
     if gated:
         means = {name: mean_coefficients(t, i) for i, name in enumerate(seen, start=1)}

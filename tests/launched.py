@@ -12,28 +12,29 @@ import sys
 from unittest.mock import patch
 
 from gainlora import distributed
-from gainlora.learning import worker
-from gainlora.learning.files import write_json
-from gainlora.learning.stream import Stream
+from gainlora.io import write_json
+from gainlora.model.base import pick_device
+from gainlora.model.covariance import gate_covariances, layer_covariances
 from gainlora.model.gate import Gate
-from gainlora.model.inputs import gate_covariances, layer_covariances
+from gainlora.runs.run import Run
 
 
 def main(folders) -> int:
+    distributed.join(pick_device())
     for folder in folders:
-        if worker.main([folder]):
-            return 1
-        stream = Stream.open(folder)
-        model, _ = stream._model()
+        stream = Run.open(folder)
+        stream.learn()
+        model = stream._learner.model
         total = sum(p.numel() for p in model.base.parameters())
         held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.base.parameters())
-        states = distributed.gather([digest(model)])
+        states = distributed.all_gather([digest(model)])
         together = covariances(stream, model)
         with patch.object(distributed, "count", lambda: 1), patch.object(distributed, "index", lambda: 0):
             alone = covariances(stream, model)
         apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(together, alone, strict=True)]
         seen = {"equal": len(set(states)) == 1, "held": held / total, "apart": max(apart)}
-        distributed.first(lambda: write_json(stream.folder / "seen.json", seen))  # noqa: B023 called at once
+        distributed.on_main(lambda: write_json(stream.folder / "seen.json", seen))  # noqa: B023 called at once
+        stream.close()
     return 0
 
 
@@ -46,7 +47,7 @@ def digest(model) -> str:
 
 
 def covariances(stream, model):
-    examples = stream._examples(1)
+    examples = stream._learner._examples(stream._tasks(1))
     gate = Gate(model.gates.last(), model.gate_memory, model.config.gate_score)
     layers = layer_covariances(model, examples.batches("inputs"))
     return [*layers.values(), *gate_covariances(model, gate, examples.batches("features"))]

@@ -27,7 +27,7 @@ TINY = {
     "lora": {"rank": 2},
     "gate": {"hidden": 6},
     "subspace": {"threshold": 0.8, "gate_threshold": 0.8, "max_examples": 8},
-    "train": {"learning_rate": 0.02},
+    "train": {"learning_rate": 0.02, "min_steps": None},
     "report": {"dpi": 40},
 }
 """Laid over the copy's params.yaml."""
@@ -79,7 +79,7 @@ def tiny_model(folder: Path) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
-    """A project with its Prefect server, which saves each run a temporary one, after the first runs.
+    """A project with its Prefect server after the first runs.
 
     Yields:
         The folder, and this machine's free ports by the ones that the pages name.

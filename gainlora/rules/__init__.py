@@ -1,7 +1,8 @@
-"""Branch rules: how a new task's branch starts, what of it trains, what penalizes it. Independent of the gate.
+"""Branch rules: how a new branch starts, which parts train, and which penalty applies. Independent of the gate.
 
-A rule is one file here, named as the rule, with a class `Rule`; a run uses rule X as method `X` (all coefficients
-1) or `gainlora-X` (gated). Importing a rule loads no torch: names and flags are needed where nothing is learned.
+A rule is one file here, named after the rule, with a class `Rule`; a run uses rule X as method `X` (all coefficients
+1), `gainlora-X` (gated) or `routed-X` (`gainlora.model.router`). Importing a rule does not load torch: many commands
+need only names and flags.
 """
 
 from __future__ import annotations
@@ -17,80 +18,89 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from gainlora.model.gainlora_model import GainLoRAModel
     from gainlora.model.layers import GatedLoRALinear
+    from gainlora.model.modeling import GainLoRAModel
 
+GATED, ROUTED = "gainlora-", "routed-"
+"""Prefixes of methods whose coefficients depend on the prompt; the rest of the name is the branch rule."""
+ALL_TASKS = "all_tasks"
+"""Name of the single step of a method that learns all tasks at once."""
 Branch = tuple["Tensor", "Tensor"]
 """A (r, d_in) and B (d_out, r)."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a rule may use to start the branch of one layer."""
+    """Inputs for starting the branch of one layer."""
 
     layer: GatedLoRALinear
     rank: int
     generator: Generator
     """Seeded by the run and the task; on the CPU."""
     last: Branch | None
-    """Shared branch: what it was after the last task; None before the first."""
+    """Shared branch: its state after the last task; None before the first."""
     free_directions: Callable[[int], Tensor] | None
     """Rules with an input memory: the new task's n strongest input directions outside it, as InfLoRA's A (n, d_in)."""
 
 
 class BranchRule:
-    """The base of all rules: LoRA's usual start, A and B train, no penalty."""
+    """Base class of rules: LoRA's usual start, A and B train, no penalty."""
 
     shared = False
-    """One branch for all tasks, trained on."""
+    """One branch for all tasks, trained further."""
     train_A = True
-    """Whether A_t trains beside B_t."""
+    """Whether A_t trains, like B_t."""
     input_memory = False
-    """Keeps a basis of each layer's inputs."""
+    """Stores a basis of each layer's inputs."""
     task_known = False
-    """Each task is answered by its own branch alone: needs the task's identity at inference (a bound)."""
+    """Each task uses only its own branch: needs the task id at inference (a bound)."""
     all_at_once = False
     """Learns all tasks together in one step (a bound)."""
     penalty_weight = 0.0
-    """Default of train.penalty_weight: what the penalty is multiplied with in the loss."""
+    """Default of train.penalty_weight: factor of the penalty in the loss."""
 
     @property
     def gateable(self) -> bool:
-        """Whether gates can weigh the branches: there is one per task, and nothing else that chooses among them."""
+        """Whether gates or a router can weigh the branches: one per task, and no other selection among them."""
         return not (self.shared or self.task_known or self.all_at_once)
 
     def start(self, new: Start) -> Branch:
-        """The new branch of one layer before training; a shared one goes on from where it was."""
+        """The new branch of one layer before training; a shared one continues from its last state."""
         return new.last or (random_A(new), zero_B(new))
 
     def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
-        """Called once a layer when training starts. Returns what gives the layer's penalty (a scalar) at every step,
-        from `layer.learning`; None: none. It depends on what training leaves alone (frozen branches, `layer.memory`)
-        and on the learned branch as it is at the step, so that training can go on from a checkpoint."""
+        """Called once per layer when training starts. Returns a function of no arguments for the layer's penalty (a
+        scalar) at a step; None: no penalty. It may depend only on constants of the training (frozen branches,
+        `layer.memory`) and on the current `layer.learning`, so that training can resume from a checkpoint."""
         return None
 
     def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
-        """After training, before the branch is frozen. What a rule keeps of a layer goes to `layer.memory`, which is
-        saved with the task.
+        """Called after training, before the branch is frozen. A rule stores state for later tasks in
+        `layer.memory`, which is saved with the task.
 
         Args:
-            gradients: runs through the task's training examples (subspace.max_examples of them) one by one; at each,
-                the trainable parameters' `grad` is that of the example's log-likelihood.
+            gradients: iterates over the task's training examples (subspace.max_examples of them); at each, `grad` of
+                the trainable parameters is that of the example's log-likelihood.
         """
 
 
 @cache
 def get(name: str) -> BranchRule:
-    """The rule of a method: `inflora` of "inflora" as of "gainlora-inflora".
+    """The rule of a method: `inflora` for "inflora", "gainlora-inflora" and "routed-inflora".
 
     Raises:
-        KeyError: there is none.
+        KeyError: unknown.
     """
-    name = name.removeprefix("gainlora-")
+    name = bare(name)
     if name not in names():
         raise KeyError(name)
     rule: BranchRule = importlib.import_module(f"{__name__}.{name}").Rule()
     return rule
+
+
+def bare(method: str) -> str:
+    """The name of a method's rule."""
+    return method.removeprefix(GATED).removeprefix(ROUTED)
 
 
 @cache
@@ -101,21 +111,22 @@ def names() -> tuple[str, ...]:
 
 @cache
 def methods() -> tuple[str, ...]:
-    """All methods: every rule, and `gainlora-` and every rule that gates can weigh."""
-    return (*names(), *(f"gainlora-{name}" for name in names() if get(name).gateable))
+    """All methods: every rule, and each prefix plus every rule whose branches can be weighed."""
+    weighed = [name for name in names() if get(name).gateable]
+    return (*names(), *(prefix + name for prefix in (GATED, ROUTED) for name in weighed))
 
 
 def random_A(new: Start) -> Tensor:
     """LoRA's usual start of A (r, d_in): uniform with nn.Linear's bound."""
     import torch
 
-    bound = 1 / math.sqrt(new.layer.base.in_features)
-    A = torch.empty(new.rank, new.layer.base.in_features)
+    bound = 1 / math.sqrt(new.layer.in_features)
+    A = torch.empty(new.rank, new.layer.in_features)
     return A.uniform_(-bound, bound, generator=new.generator)
 
 
 def zero_B(new: Start) -> Tensor:
-    """LoRA's usual start of B (d_out, r): 0, so that the branch begins by changing nothing."""
+    """LoRA's usual start of B (d_out, r): 0, so that a new branch has no effect."""
     import torch
 
-    return torch.zeros(new.layer.base.out_features, new.rank)
+    return torch.zeros(new.layer.out_features, new.rank)

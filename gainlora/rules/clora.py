@@ -1,4 +1,4 @@
-"""C-LoRA: a new branch is kept from changing the weights that earlier branches changed.
+"""C-LoRA: a penalty keeps a new branch from changing the weights that earlier branches changed.
 
     penalty = sum over layers of || |sum_{i<t} s B_i A_i| * s B_t A_t ||_F^2        * elementwise, s = alpha / rank
 

@@ -1,4 +1,4 @@
-"""EWC: one branch; what mattered to old tasks is held in place by a quadratic penalty.
+"""EWC: one branch; a quadratic penalty protects parameters that matter to old tasks.
 
     penalty = 1/2 sum_j F_j (theta_j - theta*_j)^2        F = sum over old tasks of the diagonal Fisher information
 
@@ -19,8 +19,8 @@ from gainlora.rules import Branch, BranchRule, Start
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gainlora.model.gainlora_model import GainLoRAModel
     from gainlora.model.layers import GatedLoRALinear
+    from gainlora.model.modeling import GainLoRAModel
 
 
 class Rule(BranchRule):

@@ -1,4 +1,4 @@
-"""InfLoRA: A_t lies outside the old tasks' input subspaces and stays, so that B_t A_t x = 0 for their inputs x.
+"""InfLoRA: A_t is fixed outside the old tasks' input subspaces, so that B_t A_t x = 0 for their inputs x.
 
 Liang and Li, InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning (CVPR 2024).
 """

@@ -1,4 +1,4 @@
-"""One LoRA on the examples of all tasks at once: the usual upper bound, with the old data that the others lack."""
+"""One LoRA on the examples of all tasks at once: the usual upper bound, which uses old data."""
 
 from gainlora.rules import BranchRule
 

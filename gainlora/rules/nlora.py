@@ -1,4 +1,4 @@
-"""N-LoRA: sparse branches, which hardly ever change the same weight twice.
+"""N-LoRA: sparse branches, which rarely change the same weight.
 
     penalty = sum over layers of sum |s B_t A_t|        s = alpha / rank
 

@@ -1,4 +1,4 @@
-"""O-LoRA: a new branch's input directions are pushed to be orthogonal to the old branches'.
+"""O-LoRA: a penalty makes a new branch's input directions orthogonal to those of old branches.
 
     penalty = sum over layers and old branches i of sum |A_t A_i^T|
 

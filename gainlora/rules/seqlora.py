@@ -1,4 +1,4 @@
-"""SeqLoRA: one branch, trained on task after task. The lower bound: nothing protects old tasks."""
+"""SeqLoRA: one branch, trained on all tasks in sequence. A lower bound: nothing protects old tasks."""
 
 from gainlora.rules import BranchRule
 

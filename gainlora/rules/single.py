@@ -1,6 +1,6 @@
-"""One LoRA per task, and the task is told at inference: no interference at all, so nothing is forgotten.
+"""One LoRA per task, selected by task id at inference: no interference, so no forgetting.
 
-A bound, no continual learner: it needs what the others do without.
+A bound, not a continual learner: it needs the task id.
 """
 
 from gainlora.rules import BranchRule

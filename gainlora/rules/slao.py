@@ -1,7 +1,7 @@
-"""SLAO: one merged LoRA, whatever the number of tasks.
+"""SLAO: one merged LoRA for any number of tasks.
 
     start   A_t = Q^T, where A_{t-1}^T = Q R with diag(R) > 0: orthonormal rows that span what the last fine-tuned A
-            did and point the same way; B_t = B_{t-1} as it was fine-tuned
+            did with the same orientation; B_t = B_{t-1} as fine-tuned
     merge   A = A_t,  B = B + (B_t - B) / sqrt(t)  after task t; the model answers with A and B
 
 Qiao and Mahdavi, Merge before Forget: A Single LoRA Continual Learning via Continual Merging (arXiv 2512.23017).
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gainlora.rules import Branch, BranchRule, Start
 
 if TYPE_CHECKING:
-    from gainlora.model.gainlora_model import GainLoRAModel
+    from gainlora.model.modeling import GainLoRAModel
 
 
 class Rule(BranchRule):
@@ -29,7 +29,7 @@ class Rule(BranchRule):
             return super().start(new)
         A, new.layer.memory["merged_B"] = new.last
         Q, R = torch.linalg.qr(A.T)
-        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # signs are open in LAPACK, and B goes on
+        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # LAPACK does not fix the signs, and B is reused
         return Q.T.contiguous(), new.layer.memory["tuned_B"]
 
     def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
@@ -39,4 +39,4 @@ class Rule(BranchRule):
             tuned = B.detach().clone()
             merged = layer.memory.pop("merged_B", tuned)
             layer.memory["tuned_B"] = tuned
-            B.data = merged + (tuned - merged) / math.sqrt(t)
+            B.data.copy_(merged + (tuned - merged) / math.sqrt(t))

@@ -1,15 +1,14 @@
 """Finished runs in MLflow's model registry: model `gainlora-<order>`, one version per finished run.
 
     the code that serves (tracking/served_model.py), nothing pickled
-    artifacts/adapter    the finished model (handover/release.py): safetensors, JSON, its card
-    MLmodel              signature; the base model by its name, place and SHA-256, not copied
+    artifacts/adapter    the finished model (export/hub.py): safetensors, JSON, its card
+    MLmodel              signature; name, location and SHA-256 of the base model, which is not copied
 
-A version is an artifact of its run, beside the records of `mlflow.py`. The first one of a model becomes its `champion`.
+A version is an artifact of its MLflow run. Which one is the `champion`, `gainlora.tracking.promotion` decides.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gainlora.errors import GainLoRAError
-from gainlora.handover.card import check_finished
-from gainlora.handover.folder import Learned, base_digest, open_learned
-from gainlora.handover.predict import make_prompt
-from gainlora.handover.release import write_release
+from gainlora.export.card import check_finished
+from gainlora.export.hub import write_release
+from gainlora.export.saved import SavedModel, files_sha256, open_saved
+from gainlora.inference import make_prompt
 from gainlora.tracking.mlflow import DONE, KEY
-from gainlora.tracking.store import SQLITE, connect
+from gainlora.tracking.store import connect, database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 CHAMPION = "champion"
-"""The alias that is served: models:/gainlora-<order>@champion."""
+"""The served alias: models:/gainlora-<order>@champion."""
 PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
-"""What the served model needs beside this package, which no index has."""
+"""Requirements of the served model, except this package, which is on no index."""
 
 
 def model_name(order: str) -> str:
@@ -43,27 +42,25 @@ def model_name(order: str) -> str:
 
 
 def register(folder: Path, uri: str) -> int:
-    """Register a finished run; the version's number. A run that is registered already keeps its version.
+    """Register a finished run; returns the version's number. A registered run keeps its version.
 
     Args:
         folder: a finished run's, or a finished model's.
         uri: the store's absolute address (`store.tracking_uri`).
 
     Raises:
-        GainLoRAError: the run is not finished, not in MLflow, needs the task at inference, or its base is not there.
+        GainLoRAError: the run is not finished, not in MLflow, needs the task at inference, or its base is missing.
     """
-    learned = open_learned(folder)
+    learned = open_saved(folder)
     check_finished(learned)
     if learned.adapter.integration == "single":
-        raise GainLoRAError(
-            f"{folder}: method single must be told the task, which a served model is not; register another."
-        )
+        raise GainLoRAError(f"{folder}: method single needs a task id to choose a branch, which no served model takes.")
     from mlflow.exceptions import MlflowException
 
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := database(uri)) and not file.exists():
         raise GainLoRAError(f"tracking.uri: {uri} is not there; give the `gainlora run` command again, which makes it.")
     run, name = learned.run, model_name(learned.config.order.name)
-    digest = base_digest(learned.base())
+    digest = files_sha256(learned.base())
     done = hashlib.sha256(json.dumps([run.result, digest], sort_keys=True).encode()).hexdigest()
     with connect(uri) as client:
         run_id = _run_id(client, run.run_id)
@@ -74,27 +71,28 @@ def register(folder: Path, uri: str) -> int:
         with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
             save_model(learned, Path(scratch) / "model")
             client.log_artifacts(run_id, str(Path(scratch) / "model"), place)
-        with contextlib.suppress(MlflowException):  # it exists
+        try:
             client.create_registered_model(name, description=f"Finished runs of order {learned.config.order.name}.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
         tags = {KEY: run.run_id, DONE: done, "method": run.config["method"]}
         tags |= {key: f"{run.result[key]:.2f}" for key in ("AP", "FT") if run.result[key] is not None}
         client.create_model_version(name, source, run_id, tags, description=f"Tasks: {', '.join(run.tasks)}.")
         made, *again = _versions(client.search_model_versions(f"name = '{name}'"), run.run_id, done)
-        for version in again:  # a server that answers late was asked again, and made one each time
+        for version in again:  # after a late answer the client repeats its request, which creates one more each time
             client.delete_model_version(name, str(version))
-        if not held:
-            client.set_registered_model_alias(name, CHAMPION, str(made))
         return made
 
 
 def _versions(held: Iterable[ModelVersion], run: str, done: str) -> list[int]:
-    """Numbers of the versions that are this run as it is now, lowest first."""
+    """Numbers of the versions of this run in its present state, lowest first."""
     return sorted(int(v.version) for v in held if (v.tags.get(KEY), v.tags.get(DONE)) == (run, done))
 
 
-def signature(learned: Learned) -> ModelSignature:
-    """What the served model takes and gives: rows with a text each; an answer each, coefficients if asked for."""
+def signature(learned: SavedModel) -> ModelSignature:
+    """Signature of the served model: an answer a row, with coefficients on request. The model checks the rows."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
 
@@ -103,13 +101,11 @@ def signature(learned: Learned) -> ModelSignature:
         ParamSpec("max_new_tokens", "integer", learned.config.data.max_target_tokens),
         ParamSpec("coefficients", "boolean", False),
     ]
-    return ModelSignature(
-        Schema([ColSpec("string", "text")]), Schema([ColSpec("string", "answer"), asked]), ParamSchema(params)
-    )
+    return ModelSignature(None, Schema([ColSpec("string", "answer"), asked]), ParamSchema(params))
 
 
-def save_model(learned: Learned, folder: Path) -> None:
-    """Write a finished model in MLflow's layout, as `mlflow models serve -m` takes it.
+def save_model(learned: SavedModel, folder: Path) -> None:
+    """Write a finished model in MLflow's layout, for `mlflow models serve -m`.
 
     Args:
         folder: a new one.
@@ -123,7 +119,7 @@ def save_model(learned: Learned, folder: Path) -> None:
         if "definition" in learned.run.data[t]
     ]
     base = learned.base()
-    settings: dict[str, Any] = {"base": base, "base_digest": base_digest(base)}
+    settings: dict[str, Any] = {"base": base, "base_digest": files_sha256(base)}
     with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
         adapter = Path(scratch) / "adapter"  # its name in the version, too
         write_release(learned, adapter)

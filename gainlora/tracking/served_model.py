@@ -1,8 +1,10 @@
-"""The code of a registered model: MLflow copies this file into it and runs it to serve (`mlflow models serve`).
+"""The code of a registered model: MLflow copies this file into it and runs it (`mlflow models serve`).
 
-    rows with a text each  ->  {"answer": ...} each, with the branches' coefficients by task if they are asked for
+    rows with a text each, and perhaps a task  ->  {"answer": ...} each, with coefficients by task on request
 
-A text is a whole prompt; no task id is known here. Without --env-manager local, nothing installs this package.
+A text is a complete prompt; with a task, that task's instruction and template are put around it, as in training. The
+task chooses no branch. The model checks its input itself: MLflow's schema would drop unknown columns without a word.
+Without --env-manager local, nothing installs this package.
 """
 
 from pathlib import Path
@@ -15,23 +17,26 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from gainlora.errors import GainLoRAError
-from gainlora.handover.folder import base_digest, open_learned
-from gainlora.handover.predict import Predictor, check_text
+from gainlora.export.saved import files_sha256, open_saved
+from gainlora.inference import Predictor, make_prompt
 
 LONGEST = 1024
-"""New tokens of one answer."""
+"""Largest number of new tokens of an answer."""
+ROWS, CHARACTERS = 1000, 1_000_000
+"""Largest number of rows of a request, and of characters of its texts together."""
+COLUMNS = ("text", "task")
 
 
 class ServedModel(PythonModel):
     """A finished model behind MLflow's interface."""
 
     def load_context(self, context: Any) -> None:
-        """Load it; its base model must be the one it was learned on."""
-        learned = open_learned(context.artifacts["adapter"])
+        """Load the model; its base must be the one on which it was learned."""
+        learned = open_saved(context.artifacts["adapter"])
         recorded = context.model_config["base"]
-        # another machine has it elsewhere: by its name
+        # on another machine: look it up by name
         base = learned.base(recorded if Path(recorded).is_dir() else None)
-        if base_digest(base) != context.model_config["base_digest"]:
+        if files_sha256(base) != context.model_config["base_digest"]:
             raise GainLoRAError(f"{base}: not the base model that this adapter was learned on (another SHA-256).")
         self.predictor = Predictor(learned, base)
 
@@ -44,15 +49,10 @@ class ServedModel(PythonModel):
         try:
             if longest is not None and not 1 <= longest <= LONGEST:
                 raise GainLoRAError(f"max_new_tokens: {longest} is out of range; give 1 to {LONGEST}.")
-            texts = list(model_input["text"])
-            for number, text in enumerate(texts):
-                try:
-                    check_text(text)
-                except GainLoRAError as error:
-                    raise GainLoRAError(f"row {number}: {error}") from None
+            prompts = self._prompts(model_input)
         except GainLoRAError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
-        answers = self.predictor.answer(texts, longest)
+        answers = self.predictor.answer(prompts, longest)
         if not params.get("coefficients"):
             return [{"answer": answer.text} for answer in answers]
         names = self.predictor.branches
@@ -63,6 +63,26 @@ class ServedModel(PythonModel):
             }
             for answer in answers
         ]
+
+    def _prompts(self, rows: pandas.DataFrame) -> list[str]:
+        """The rows' prompts, all checked before any is answered."""
+        if not isinstance(rows, pandas.DataFrame) or "text" not in rows:
+            raise GainLoRAError('request: no column "text"; give dataframe_records with a "text" each.')
+        if unknown := [str(name) for name in rows if name not in COLUMNS]:
+            raise GainLoRAError(f"request: {', '.join(unknown)}: unknown; a row has {' and '.join(COLUMNS)} alone.")
+        size = sum(len(text) for text in rows["text"] if isinstance(text, str))
+        if len(rows) > ROWS or size > CHARACTERS:
+            raise GainLoRAError(
+                f"request: {len(rows)} rows with {size} characters; give at most {ROWS} with {CHARACTERS} at once."
+            )
+        tasks = rows["task"] if "task" in rows else [None] * len(rows)
+        prompts = []
+        for number, (text, task) in enumerate(zip(rows["text"], tasks, strict=True)):
+            try:
+                prompts.append(make_prompt(self.predictor.learned, text, None if pandas.isna(task) else str(task)))
+            except GainLoRAError as error:
+                raise GainLoRAError(f"row {number}: {str(error).removeprefix('--')}") from None
+        return prompts
 
 
 mlflow.models.set_model(ServedModel())

@@ -10,15 +10,17 @@ import shlex
 import subprocess
 
 import pytest
+import typer
 
-from gainlora.__main__ import parser
+from gainlora.cli import app
 from tests.newcomer import BIN, FIRST, Shell
 from tests.pages import PAGES, ROOT, blocks, commands
 
 NOT_RUN = {
     r"make test": "it is what runs this",
+    r"gainlora (fetch|run embedded --model) gemma-3-270m": "downloads 238 MB",
     r"gainlora fetch cl-benchmark.*": "downloads, or needs a copy of the benchmark",
-    r"(dvc repro|gainlora run|run=\$\(gainlora run) order\d.*": "needs the benchmark's data, a GPU and days",
+    r"(dvc repro (paper/dvc.yaml:)?|gainlora run |run=\$\(gainlora run )order\d.*": "needs data, a GPU and days",
     r".*--model \w+/.*|gainlora push .*": "the hub",
     r"(gainlora|prefect deployment run) sweep .*": "many runs: tests/integration/test_sweep.py has few",
     r"accelerate launch .*|sbatch .*": "several machines",
@@ -55,7 +57,10 @@ def test_there_are_commands_and_every_exception_is_one():
 def test_the_command_line_understands(command):
     program, *words = shlex.split(re.split(" [>|] ", command)[0])
     if program == "gainlora" and "--help" not in words:
-        parser().parse_args(words)
+        group = typer.main.get_command(app)
+        context = group.make_context("gainlora", list(words))
+        name, subcommand, rest = group.resolve_command(context, words)
+        subcommand.make_context(name, rest, parent=context)
     elif program == "make":
         target, *variables = words
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -89,6 +94,8 @@ def done():
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.xdist_group("newcomer")
 @pytest.mark.parametrize("page", ORDER, ids=lambda page: page.name)
 def test_page(page, newcomer, done):
     folder, ports = newcomer

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gainlora.errors import SECTIONS, told
+from gainlora.errors import SECTIONS, format_error
 from tests.pages import ROOT, blocks
 
 LEAST = 10
@@ -79,7 +79,7 @@ def test_a_message_points_to_the_section_that_holds_it():
     for part in page.split("\n## ")[1:]:
         section = re.sub(r"[^a-z]+", "-", part.splitlines()[0].lower()).strip("-")
         for message in re.findall("```text\n(.*?)\n```", part, re.DOTALL):
-            _, _, more = told(message).partition("\nsee ")
+            _, _, more = format_error(message).partition("\nsee ")
             assert more in ("", f"docs/troubleshooting.md#{section}"), message
             pointed.add(section if more else "")
     assert set(SECTIONS) <= pointed

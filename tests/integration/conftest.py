@@ -1,23 +1,27 @@
-"""A project folder of its own, with a real Prefect server and real workers where a test asks for them."""
+"""A project folder of its own; one with a real Prefect server for all tests of a process that ask for it."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.tiny import tiny_llama, tiny_params
 
 ROOT = Path(__file__).parents[2]
-RUN_FLOW = "import json, sys; from flows.supervise import run_flow; sys.exit(run_flow(json.loads(sys.argv[1])))"
 SERVE = (sys.executable, "-m", "flows.server")
+CONTINUAL = (sys.executable, "-m", "flows.continual", "tiny")
 
 
 def free_port():
@@ -26,19 +30,32 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-class Project:
-    """A folder with the project's flows and an order `tiny`."""
+def answering(address, path, process, log=None):
+    """The address, once a server that was started answers there."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address + path, timeout=5).close()
+            return address
+        assert process.poll() is None, log and log.read_text()
+        time.sleep(0.2)
+    raise AssertionError(f"nothing answers at {address}")
 
-    def __init__(self, folder, model):
+
+class Project:
+    """A folder with the project's flows and an order `tiny` of three tasks. Options: dotted names with __ for dots."""
+
+    def __init__(self, folder, model, **options):
         self.folder, self.port = folder, free_port()
         for name in ("prefect.toml", "prefect.yaml"):
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-        tiny_params(folder, model)
+        tiny_params(folder, model, **options)
         ours = ("PREFECT_", "MLFLOW_", "DVC_")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
             "PREFECT_PORT": self.port,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DVC_NO_ANALYTICS": "true",
         }
 
     def start(self, *command):
@@ -54,12 +71,42 @@ class Project:
         assert process.returncode == code, output
         return output
 
-    def flow(self, code=0, **parameters):
-        return self(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", **parameters}), code=code)
+    def interrupt(self, *command, at, number=signal.SIGINT):
+        """Start a command and send it a signal once files match the pattern `at`; exit code and output."""
+        process = self.start(*command)
+        self.wait_for(at, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def wait_for(self, pattern, process=None):
+        """Until files match; the first of them."""
+        end = time.monotonic() + 240
+        while not (found := sorted(self.folder.glob(pattern))):
+            assert time.monotonic() < end, pattern
+            assert process is None or process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        return found[0]
+
+    def set(self, **sections):
+        """Lay sections over those of params.yaml."""
+        path = self.folder / "params.yaml"
+        params = yaml.safe_load(path.read_text())
+        for name, value in sections.items():
+            params[name] = {**(params.get(name) or {}), **value} if isinstance(value, dict) else value
+        path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def read(self, pattern):
+        """The JSON of the one file that matches."""
+        (path,) = self.folder.glob(pattern)
+        return json.loads(path.read_text())
 
     def api(self, path, **body):
+        return self.post(f"{path}/filter", **body)
+
+    def post(self, path, **body):
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/api/{path}/filter",
+            f"http://127.0.0.1:{self.port}/api/{path}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
@@ -67,18 +114,23 @@ class Project:
             return json.load(reply)
 
     def processes(self):
-        """{name: process id} of server and workers."""
+        """{name: process id} of the server and the runner."""
         record = json.loads((self.folder / ".prefect" / "server.json").read_text())
-        return {name: int(entry[0]) for name, entry in record.items() if isinstance(entry, list)}
+        return {name: int(record[name][0]) for name in ("server", "runner")}
 
     def last_flow_run(self):
-        ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED"]}}}
+        ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
         return self.api("flow_runs", flow_runs=ended, sort="END_TIME_DESC", limit=1)[0]
 
-    def mlflow_runs(self):
-        """{run name: [status, ...]} of the store."""
+    def query(self, text, *values):
         with sqlite3.connect(self.folder / "mlruns" / "mlflow.db") as store:
-            rows = store.execute("select name, status from runs order by start_time").fetchall()
+            return store.execute(text, values).fetchall()
+
+    def mlflow_runs(self):
+        """{key (run id, with /step for a task): [status, ...]} of the store."""
+        rows = self.query(
+            "select value, status from runs join tags using (run_uuid) where key = 'gainlora.key' order by start_time"
+        )
         return {name: [status for other, status in rows if other == name] for name, _ in rows}
 
 
@@ -91,12 +143,20 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, model):
-    """A project after `make serve JOBS=2`."""
-    project = Project(tmp_path_factory.mktemp("served"), model)
+    """A project after `make serve JOBS=2`; its order `two` lacks the third task of `tiny`."""
+    project = Project(
+        tmp_path_factory.mktemp("served"),
+        model,
+        promote__max_forgetting=None,
+        promote__min_gain=None,
+        promote__max_general_loss=None,
+    )
+    orders = yaml.safe_load((project.folder / "params.yaml").read_text())["orders"]
+    project.set(orders={"two": {**orders["tiny"], "tasks": ["task1", "task2"]}})
     try:
         assert "Prefect is ready" in project(*SERVE, "start", "2")
         yield project
     finally:
-        record = project.processes()
+        started = [psutil.Process(pid) for pid in project.processes().values()]
         project(*SERVE, "stop")
-        assert len(record) == 3 and not any(psutil.pid_exists(process) for process in record.values())
+        assert not [process for process in started if process.is_running()]

@@ -1,4 +1,4 @@
-"""dvc.yaml and paper/dvc.yaml, run by the real DVC on stand-ins for the two slow commands."""
+"""dvc.yaml and paper/dvc.yaml, run by the real DVC: first on stand-ins for what is slow, then a whole small project."""
 
 import json
 import os
@@ -11,38 +11,46 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows import versions
-from flows.by_name import named
-from gainlora.learning.run_folder import LEARNING_CODE
+from gainlora.data.packaged import FILES
+from gainlora.data.sources import fetch_model
+from gainlora.io import lasting_root
+from gainlora.tracking.store import tracking_uri
+from tests.newcomer import make_project
+from tests.tiny import tiny_llama
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-STAND_IN = """#!/bin/sh
-echo "$@" >> commands.log
-case "$1" in
-fetch) mkdir -p data/embedded models/smollm2-135m; echo d > data/embedded/train.json; echo m > models/smollm2-135m/m ;;
-run) mkdir -p adapters/$2 metrics; echo a > adapters/$2/model.safetensors; echo '{"AP": 1.0}' > metrics/$2.json ;;
-esac
-"""
+STAND_INS = {
+    "gainlora": "mkdir -p data/embedded models/smollm2-135m; echo d > data/embedded/a; echo m > models/smollm2-135m/m",
+    "python": "mkdir -p adapters/$3 plots/$3 metrics; echo a > adapters/$3/a; echo '{\"AP\": 1.0}' > metrics/$3.json",
+}
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A copy of the pipeline in a git repository, with `gainlora` replaced by a script that notes its calls."""
-    for name in ("dvc.yaml", "paper/dvc.yaml", "params.yaml", ".dvcignore", ".dvc/config", ".gitignore"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def pipeline(tmp_path, monkeypatch):
+    """A copy of the pipeline in a git repository; `gainlora` and `python` note their calls."""
+    for name in (
+        "dvc.yaml",
+        ".dvc/plots/heatmap.json",
+        "paper/dvc.yaml",
+        "params.yaml",
+        ".dvcignore",
+        ".dvc/config",
+        ".gitignore",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    learning = [part if part.endswith(".py") else f"{part}/a.py" for part in LEARNING_CODE]
-    code = (*learning, "data/embedded.py", "data/sources.py", "data/text.py", "model/gate.py")
-    for name in code:
+    for name in ("pins.json", "data/embedded.py", "data/sources.py", "data/text.py", "model/gate.py"):
         (tmp_path / "gainlora" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "gainlora" / name).write_text("# code\n")
-    script = tmp_path / "bin" / "gainlora"
-    script.parent.mkdir()
-    script.write_text(STAND_IN)
-    script.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "$@" >> commands.log\n{script}\n')
+        (tmp_path / "bin" / name).chmod(0o755)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{script.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
     monkeypatch.delenv("DVC_STAGE", raising=False)
     return tmp_path
@@ -57,95 +65,121 @@ def dvc(*arguments, code=0):
     return done.stdout
 
 
-def commands():
-    """What `gainlora` was asked to do since the last call."""
+def ran(*arguments, code=0):
+    """What `dvc repro` runs."""
+    dvc("repro", *arguments, code=code)
     log = Path("commands.log")
     lines = log.read_text().splitlines() if log.exists() else []
     log.unlink(missing_ok=True)
     return lines
 
 
-def set_param(section, option, value):
+def set_param(*names, value):
     params = yaml.safe_load(Path("params.yaml").read_text())
-    params[section][option] = value
+    section = params
+    for name in names[:-1]:
+        section = section[name]
+    section[names[-1]] = value
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
-def test_only_what_decides_the_result_runs_the_order_again(project):
-    dvc("repro")
-    assert commands() == ["fetch embedded", "run embedded"]
+def test_only_what_decides_numbers_runs_the_order_again(pipeline):
+    embedded = "-m flows.continual embedded"
+    assert ran() == ["fetch embedded", embedded]
 
-    started = time.monotonic()
-    dvc("repro")
-    assert commands() == []
-    assert time.monotonic() - started < 10
+    set_param("report", "decimals", value=3)
+    set_param("tracking", "experiment", value="other")
+    set_param("orders", "order1", value={"tasks": ["other"]})
+    Path("gainlora/model/gate.py").write_text("# another comment\n")
+    assert ran() == []
 
-    set_param("report", "decimals", 3)
-    set_param("tracking", "experiment", "other")
-    set_param("orders", "order1", {"tasks": ["other"]})
-    dvc("repro")
-    assert commands() == []
-
-    set_param("train", "learning_rate", 5e-4)
-    dvc("repro")
-    assert commands() == ["run embedded"]
-
-    Path("gainlora/model/gate.py").write_text("# other code\n")
-    dvc("repro")
-    assert commands() == ["run embedded"]
+    set_param("train", "learning_rate", value=5e-4)
+    Path("gainlora/pins.json").write_text("{}\n")
+    assert ran() == [embedded]
     assert json.loads(dvc("metrics", "show", "--json"))[""]["data"]["metrics/embedded.json"]["data"] == {"AP": 1.0}
 
-
-def test_large_orders_run_by_name_only(project):
-    missing = dvc("repro", "order1", code=255)
-    assert "gainlora fetch cl-benchmark" in missing
-    assert commands() == []
-
+    assert ran("paper/dvc.yaml:order1", code=255) == []  # no benchmark
     Path("data/CL_Benchmark").mkdir(parents=True)
     Path("data/CL_Benchmark/task.json").write_text("{}")
-    dvc("repro", "order1")
-    assert commands() == ["run order1"]
-    dvc("repro", "order1")
-    assert commands() == []
-    dvc("repro", "--force", "order1")
-    assert commands() == ["run order1"]
-
-    dvc("repro")
-    assert commands() == ["fetch embedded", "run embedded"]
+    assert ran("paper/dvc.yaml:order1") == ["-m flows.continual order1"]
+    assert ran("paper/dvc.yaml:order1") == ran() == []
 
 
-def test_a_run_outside_dvc_leaves_a_clean_status(project):
-    for arguments in (["fetch", "embedded"], ["run", "embedded"]):
-        subprocess.run(["gainlora", *arguments], check=True)
-    hashes, changed = versions.data_hashes(Path("data/embedded"))
-    assert versions.commit("embedded") is None
-    assert "up to date" in dvc("status", "fetch", "embedded")
-    commands()
-    dvc("repro")
-    assert commands() == []
-
-    recorded = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["fetch"]["outs"][0]
-    assert hashes == {"data/embedded": recorded["md5"]} and changed == []
-    Path("data/embedded/train.json").write_text("changed")
-    hashes, changed = versions.data_hashes(Path("data/embedded"))
-    assert changed == ["data/embedded"] and hashes["data/embedded"] != recorded["md5"]
+# -- a whole project ------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_commit_says_what_to_do(project):
-    assert "dvc commit -f fetch embedded" in versions.commit("embedded")  # nothing has been fetched or run
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project as a newcomer has it, with a tiny model and data, and an environment without Prefect's server."""
+    folder = make_project(tmp_path_factory.mktemp("dvc") / "50% 100%2F done?")
+    ours = ("PREFECT_", "MLFLOW_", "DVC_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    environment |= {"PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(*command, code=0, during=None):
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if during:
+            during(process)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output
+        return output
+
+    run.folder = folder
+    return run
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        ("dvc repro order1", True),
-        ("python /env/bin/dvc repro -f order2 order1", True),
-        ("python -m dvc repro dvc.yaml:order1", True),
-        ("dvc exp run order1", True),
-        ("dvc repro", False),
-        ("dvc repro order2", False),
-        ("dvc status order1", False),
-    ],
-)
-def test_named_reads_the_command_line(command, expected):
-    assert named("order1", command.split()) is expected
+def test_a_project_from_its_first_run_on(project, monkeypatch):
+    """Without a server. What was run by DVC or beside it is up to date; what changed meanwhile is not."""
+    monkeypatch.chdir(project.folder)
+    metrics, clean = Path("metrics/embedded.json"), "Data and pipelines are up to date."
+    assert "task 4/4" in project("dvc", "repro")
+    assert Path("adapters/embedded/gate.safetensors").is_file()
+    assert clean in project("dvc", "status", "fetch", "embedded")
+    project("dvc", "checkout")
+    assert "dvc_plots/index.html" in project("dvc", "plots", "show")
+    page = Path("dvc_plots/index.html").read_text()
+    assert all(title in page for title in ("Score on each task", "Average performance", "Training loss"))
+    assert "DVC_METRIC" not in page  # the template of R is filled in
+
+    set_param("seed", value=7)  # beside DVC
+    command = (sys.executable, "-m", "flows.continual", "embedded")
+    project(*command)
+    second = json.loads(metrics.read_text())
+    assert second["seed"] == 7 and clean in project("dvc", "status", "fetch", "embedded")
+
+    set_param("seed", value=8)
+
+    def edit(process):
+        while not list(Path("runs").glob("*-8-*/task_01_*")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        set_param("seed", value=9)
+        file = next(Path("data/embedded").glob("*/test.json"))
+        file.write_text(file.read_text() + "\n")
+
+    output = project("dvc", "repro", code=255, during=edit)
+    assert "params.yaml, data/embedded: changed while embedded was learned, so the result is not published" in output
+    assert not metrics.exists() or json.loads(metrics.read_text()) == second
+    assert "embedded" in project("dvc", "status", "embedded")
+
+    project("dvc", "checkout", "--force", "data/embedded")
+    set_param("seed", value=7)
+    Path(".git").rename(".nogit")
+    assert "no git repository here, so DVC does not record the result" in project(*command)
+    Path(".nogit").rename(".git")
+    assert json.loads(metrics.read_text()) == second and clean in project("dvc", "status", "embedded")
+
+
+def test_an_experiment_in_a_temporary_copy_keeps_its_record_and_needs_no_second_base_model(tmp_path):
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "tmpabc" / "tree"
+    copy.mkdir(parents=True)
+    assert lasting_root(copy) == tmp_path and lasting_root(tmp_path) == tmp_path
+    assert tracking_uri(copy) == tracking_uri(tmp_path)
+    tiny_llama(tmp_path / "models" / "smollm2-135m")
+    for name in FILES:
+        (tmp_path / "models" / "smollm2-135m" / name).touch()
+    fetched = fetch_model("smollm2-135m", copy, progress=False)
+    one, other = (root / "models" / "smollm2-135m" / "model.safetensors" for root in (tmp_path, copy))
+    assert fetched == other.parent and one.samefile(other)

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from tests.fake_hub import fake_hub
-from tests.unit.test_handover import prompt
-from tests.unit.test_stream import learn, project
+from tests.runs import learn, project, prompt
 
 TOKEN = "hf_" + "x" * 34
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,17 @@ from typing import Any
 import pytest
 
 from gainlora.errors import GainLoRAError
+from gainlora.report.frame import Frame
+from gainlora.report.report import write_report
+from gainlora.runs.records import read_run
+from gainlora.sections import ReportConfig, TrackingConfig
 from gainlora.tracking import mlflow as tracked
-from gainlora.tracking.folder import Run, example_coefficients, read_run
-from gainlora.tracking.mlflow_runs import log_report, tracked_runs
-from gainlora.tracking.report import write_report
+from gainlora.tracking.mlflow_runs import tracked_runs
 from gainlora.tracking.store import store, tracking_uri
 from tests.fake_run import TASKS, mean_coefficients, write_run
 
-TRACKING = {"experiment": "gainlora", "uri": None}
-REPORT = {"decimals": 1, "dpi": 50}
+TRACKING = TrackingConfig(experiment="gainlora")
+REPORT = ReportConfig(decimals=1, dpi=50)
 R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
 THREE = TASKS[:3]
 
@@ -45,11 +46,12 @@ def logged(root: Path, client: Any) -> tuple[Path, str]:
     return folder, [log_all(folder, root) for _ in range(2)][-1]
 
 
-def log_all(folder: Path, root: Path) -> str:
-    parent = tracked.start(folder, TRACKING, root)
+def log_all(folder: Path, root: Path, tracking: TrackingConfig = TRACKING) -> str:
+    parent = tracked.start(folder, tracking, root)
     for task_folder in sorted(folder.glob("task_*")):
-        tracked.record_task(folder, task_folder, parent, TRACKING, root)
-    tracked.finish(folder, parent, TRACKING, REPORT, root)
+        tracked.record_task(folder, task_folder, parent, tracking, root)
+    if (folder / "result.json").exists():
+        tracked.finish(folder, parent, tracking, REPORT, root)
     return parent
 
 
@@ -77,8 +79,30 @@ def test_one_parent_with_one_child_per_task(client: Any, logged: tuple[Path, str
     assert children[0].info.end_time - children[0].info.start_time == 10_000  # the phases of scores.json
 
 
-def test_parent_metrics_follow_the_sequence(client: Any, logged: tuple[Path, str]) -> None:
-    _, parent = logged
+def test_names_begin_with_method_and_seed_and_the_experiment_opens_as_model_training(
+    client: Any, logged: tuple[Path, str]
+) -> None:
+    folder, parent = logged
+    assert client.get_run(parent).info.run_name == f"gainlora-inflora-42-embedded-smollm2-135m-{folder.name[-8:]}"
+    kind = client.get_experiment_by_name("gainlora").tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
+
+
+def test_every_task_is_a_logged_model_with_its_scores(client: Any, logged: tuple[Path, str]) -> None:
+    folder, _ = logged
+    experiment = client.get_experiment_by_name("gainlora").experiment_id
+    for t, child in enumerate(runs(client, folder, children=True), start=1):
+        (model,) = client.search_logged_models([experiment], f"source_run_id = '{child.info.run_id}'")
+        scores = {m.key: m.value for m in model.metrics if m.key == "AP" or m.key.startswith("score.")}
+        AP = sum(R[t - 1]) / t
+        assert scores == {"AP": AP} | {f"score.{name}": v for name, v in zip(THREE, R[t - 1], strict=False)}
+        assert (model.name, model.status.name) == (child.info.run_name, "READY")
+    best = client.search_logged_models([experiment], "metrics.AP > 84.2")
+    assert [model.name for model in best] == ["task_02_news_topic"]
+
+
+def test_the_parent_follows_the_sequence(client: Any, logged: tuple[Path, str]) -> None:
+    folder, parent = logged
     assert history(client, parent, "AP") == [(1, 84.0), (2, 84.5), (3, 80.0)]
     assert history(client, parent, "FT") == [(2, 3.0), (3, 1.5)]
     assert history(client, parent, "BWT") == [(2, -3.0), (3, -1.5)]
@@ -86,15 +110,10 @@ def test_parent_metrics_follow_the_sequence(client: Any, logged: tuple[Path, str
     asked = history(client, parent, "task.movie_sentiment.coefficient.news_topic")
     assert asked == [(t, mean_coefficients(t, 1)[1]) for t in (2, 3)]
     assert history(client, parent, "subspace.gate.1") == [(1, 5), (2, 8), (3, 11)]
-
-
-def test_params_and_tags(client: Any, logged: tuple[Path, str]) -> None:
-    folder, parent = logged
     data = client.get_run(parent).data
     options = json.loads((folder / "config.json").read_text())["config"]
     assert data.params["train.learning_rate"] == str(options["train"]["learning_rate"])
-    assert data.params["order.tasks"] == str(list(THREE))
-    assert data.params["subspace.horizon"] == "None"
+    assert data.params["order.tasks"] == str(list(THREE)) and data.params["subspace.horizon"] == "None"
     expected = {"gainlora.key": folder.name, "method": "gainlora-inflora", "order": "embedded", "seed": "42"}
     assert expected.items() <= data.tags.items()
     assert {"model", "dtype", "code", "version.torch"} <= data.tags.keys()
@@ -131,18 +150,14 @@ def test_datasets_are_inputs(client: Any, logged: tuple[Path, str]) -> None:
 def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path: Path) -> None:
     _, parent = logged
     table = json.loads(Path(client.download_artifacts(parent, "R.json", str(tmp_path))).read_text())
-    assert table["columns"] == ["after task", *THREE, "AP", "FT", "BWT"]
-    assert table["data"][1] == ["news_topic", 81.0, 88.0, None, 84.5, 3.0, -3.0]
+    assert table["columns"] == ["after task", *THREE, "AP", "FT", "BWT", "LA", "AIA", "FWT"]
+    assert table["data"][1][:-1] == ["news_topic", 81.0, 88.0, None, 84.5, 3.0, -3.0, 86.0, 84.25]
     assert len(table["data"]) == len(THREE)  # log_table appends; a second finish does not
     assert {"config.json", "data.json", "result.json"} <= artifacts(client, parent)
-    names = (
-        "accuracy_matrix",
-        "accuracy_curves",
-        "gate_coefficients",
-        "coefficient_violins",
-        "basis_growth",
-        "time_line",
-    )
+    assert json.loads(client.get_run(parent).data.tags["mlflow.loggedArtifacts"]) == [
+        {"path": "R.json", "type": "table"}
+    ]
+    names = ("accuracy_matrix", "accuracy_curves", "gate_coefficients", "basis_growth", "seconds")
     assert artifacts(client, parent, "figures") == {f"figures/{name}.png" for name in names}
 
 
@@ -166,35 +181,24 @@ def test_stopped_run_is_reopened(client: Any, root: Path) -> None:
     with pytest.raises(GainLoRAError, match="2 of 3 tasks"):
         tracked.finish(folder, first, TRACKING, REPORT, root)
     for status in ("KILLED", "FAILED"):
-        tracked.fail(first, status, TRACKING, root)
+        tracked.fail([first], status, TRACKING, root)
         assert client.get_run(first).info.status == status
         assert tracked.start(folder, TRACKING, root) == first
         assert client.get_run(first).info.status == "RUNNING"
     assert tracked.record_task(folder, task_folder, first, TRACKING, root) == child
 
 
-def test_crash_while_logging_leaves_no_doubles(client: Any, root: Path, monkeypatch: Any) -> None:
-    folder = write_run(root, R[:1], "seqlora", tasks=THREE)
-    parent = tracked.start(folder, TRACKING, root)
-    task_folder = folder / "task_01_movie_sentiment"
-    with monkeypatch.context() as broken:
-        broken.setattr(tracked, "_artifacts", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            tracked.record_task(folder, task_folder, parent, TRACKING, root)
-    child = tracked.record_task(folder, task_folder, parent, TRACKING, root)
-    assert len(runs(client, folder, children=True)) == 1
-    assert len(history(client, child, "train.loss")) == 12
-    assert history(client, parent, "AP") == [(1, 84.0)]
-
-
-def test_task_learned_again_replaces_its_child(client: Any, root: Path) -> None:
-    folder = write_run(root, R[:1], "inclora", tasks=THREE)
+def test_task_learned_again_replaces_its_child_and_long_curves_are_thinned(client: Any, root: Path) -> None:
+    folder = write_run(root, R[:1], "inclora", tasks=THREE, steps=2500)
     parent = tracked.start(folder, TRACKING, root)
     task_folder = folder / "task_01_movie_sentiment"
     first = tracked.record_task(folder, task_folder, parent, TRACKING, root)
-    (task_folder / "checksums.json").write_text('{"train.jsonl": "another"}')
+    sums = json.loads((task_folder / "checksums.json").read_text())
+    (task_folder / "checksums.json").write_text(json.dumps({**sums, "adapter_config.json": "another"}))
     second = tracked.record_task(folder, task_folder, parent, TRACKING, root)
     assert [run.info.run_id for run in runs(client, folder, children=True)] == [second] != [first]
+    steps = [step for step, _ in history(client, second, "train.loss")]
+    assert len(steps) <= tracked.POINTS and steps[-1] == 2500
 
 
 def test_starts_at_once_make_one_run(client: Any, root: Path) -> None:
@@ -203,26 +207,15 @@ def test_starts_at_once_make_one_run(client: Any, root: Path) -> None:
         assert len(set(pool.map(lambda _: tracked.start(folder, TRACKING, root), range(4)))) == 1
 
 
-def test_deleted_experiment_is_named(client: Any, root: Path) -> None:
+def test_a_deleted_experiment_is_named(client: Any, root: Path) -> None:
     client.delete_experiment(client.create_experiment("old"))
     with pytest.raises(GainLoRAError, match=r"tracking\.experiment: 'old' was deleted"):
-        tracked.start(next((root / "runs").iterdir()), {**TRACKING, "experiment": "old"}, root)
+        tracked.start(next((root / "runs").iterdir()), TrackingConfig(experiment="old"), root)
 
 
-def test_long_curves_are_thinned(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, R[:1], tasks=THREE, steps=2500)
-    task_folder = folder / "task_01_movie_sentiment"
-    curve = tracked._curve(task_folder, tracked.read_step(task_folder), started=0)
-    steps = [metric.step for metric in curve if metric.key == "train.loss"]
-    assert len(steps) <= tracked.POINTS and steps[-1] == 2500 and steps == sorted(steps)
-
-
-OTHER = {"experiment": "other", "uri": None}
-"""An experiment of its own, for what reads all runs of one."""
-
-
-def log_some(root: Path) -> list[Path]:
-    """Runs of several kinds in the experiment `OTHER`: gated, with one branch, at once, unfinished."""
+def test_runs_come_back_and_their_report_is_the_same(client: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
+    """Runs of several kinds: gated, with one branch, at once, unfinished."""
+    other = TrackingConfig(experiment="other")
     folders = [
         write_run(root, R, seed=1, tasks=THREE),
         write_run(root, R, "seqlora", 1, THREE),
@@ -230,37 +223,21 @@ def log_some(root: Path) -> list[Path]:
         write_run(root, R[:2], "inflora", 1, THREE),
     ]
     for folder in folders:
-        parent = tracked.start(folder, OTHER, root)
-        for task_folder in sorted(folder.glob("task_*")):
-            tracked.record_task(folder, task_folder, parent, OTHER, root)
-        if (folder / "result.json").exists():
-            tracked.finish(folder, parent, OTHER, REPORT, root)
-    return folders
-
-
-def test_runs_come_back_and_their_report_is_the_same(client: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
-    runs_of_folders = sorted((read_run(folder) for folder in log_some(root)), key=lambda run: run.run_id)
-    write_report(runs_of_folders, tmp_path / "folders", REPORT)
-    kept = []
-    for _ in range(2):  # the second time with a report in the experiment, which is no run
-        with tracked_runs(OTHER, root) as found:
-            assert found == runs_of_folders
-            assert [coefficients(run) for run in found] == [coefficients(run) for run in runs_of_folders]
-            files = write_report(found, tmp_path / "mlflow", REPORT)
-        kept.append(log_report(files, OTHER, root))
-    assert kept[0] == kept[1] and capsys.readouterr().err == ""
-    for name in ("index.html", "report.md"):
-        assert (tmp_path / "mlflow" / name).read_text() == (tmp_path / "folders" / name).read_text()
-    held = client.get_run(kept[0])
-    assert (held.info.run_name, held.data.tags["gainlora.key"], held.info.status) == ("report", "report", "FINISHED")
-    assert artifacts(client, kept[0]) == {"index.html", "report.md", "figures"}
-    assert {path.name for path in files[2:] if path.parent.name == "figures"} <= {
-        Path(name).name for name in artifacts(client, kept[0], "figures")
-    }
-
-
-def coefficients(run: Run) -> list[Any]:
-    return [example_coefficients(step) for step in run.steps]
+        log_all(folder, root, other)
+    of_folders = sorted((read_run(folder) for folder in folders), key=lambda run: run.run_id)
+    expected = Frame(of_folders)
+    frame = Frame(tracked_runs(other, root))
+    assert frame.options.equals(expected.options) and frame.runs.equals(expected.runs)
+    key = ["run_id", "step", "metric", "task", "branch"]
+    files_only = expected.values["metric"] == "coefficient_sd"
+    wanted, got = (
+        values.sort_values(key, ignore_index=True) for values in (expected.values[~files_only], frame.values)
+    )
+    assert got.astype(str).equals(wanted.astype({"value": float}).astype(str))
+    pages = [
+        write_report(runs, tmp_path / "report", REPORT)[1].read_text() for runs in (of_folders, frame.records.values())
+    ]
+    assert pages[0] == pages[1] and capsys.readouterr().err == ""
 
 
 def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step(client: Any, root: Path) -> None:
@@ -273,49 +250,39 @@ def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step
 
 
 def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: Path, capsys: Any) -> None:
-    broken = {"experiment": "broken", "uri": None}
+    broken = TrackingConfig(experiment="broken")
     with store(broken, root) as (_, experiment):
         client.create_run(experiment, tags={"gainlora.key": "old-run"})
         client.create_run(experiment, run_name="of somebody else")
         client.create_run(experiment, tags={"gainlora.key": "../out"})
-    with tracked_runs(broken, root) as found:
-        assert found == []
+    assert tracked_runs(broken, root) == []
     said = capsys.readouterr().err
-    assert "left out: MLflow's run old-run: its artifact config.json is missing" in said
-    assert "the name '..' would lead out of its folder" in said
-    with pytest.raises(GainLoRAError, match="is not there, so there are no runs"), tracked_runs(TRACKING, tmp_path):
-        pass
+    assert "left out: MLflow's run old-run is not whole" in said and "MLflow's run ../out is not whole" in said
+    with pytest.raises(GainLoRAError, match="is not there, so there are no runs"):
+        tracked_runs(TRACKING, tmp_path)
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_a_run_that_learned_one_more_task_grows_and_is_set_aside_when_it_forgets(client: Any, root: Path) -> None:
-    before = write_run(root, R[:2], seed=5, tasks=THREE[:2])
-    parent = log_all(before, root)
-    folder = write_run(root, R, seed=6, tasks=THREE)  # the same run, one task later
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"run_id": before.name, "learned": [{"task": THREE[2]}]}
-    config["config"]["subspace"]["horizon"] = 2
-    shutil.rmtree(before)
-    folder = folder.rename(before)
-    (folder / "config.json").write_text(json.dumps(config))
-    assert log_all(folder, root) == parent
-    assert history(client, parent, "AP") == [(1, 84.0), (2, 84.5), (3, 80.0)]
-    data = client.get_run(parent).data
-    assert (data.params["subspace.horizon"], data.tags["learned later"], data.tags["tasks"]) == ("None", THREE[2], "3")
-    table = json.loads(Path(client.download_artifacts(parent, "R.json")).read_text())
-    assert [row[0] for row in table["data"]] == list(THREE) and table["columns"][1:4] == list(THREE)
+def test_names_of_any_length_and_a_folder_of_any_name(tmp_path: Path, monkeypatch: Any) -> None:
+    """And the model registry is that of the same store, whatever MLFLOW_REGISTRY_URI says."""
+    from mlflow import MlflowClient
 
-    tracked.retire(folder, "task_03_text_source", "text_source", TRACKING, root)
-    assert runs(client, folder, children=False) == []
-    assert [run.info.run_name.partition(" ")[2][:18] for run in runs(client, folder, True)] == [
-        "",
-        "",
-        "(forgot text_sourc",
-    ]
-    again = tracked.record_run(folder, TRACKING, REPORT, root)
-    assert again != parent and history(client, again, "AP") == history(client, parent, "AP")
-    children = [run.data.tags["mlflow.parentRunId"] for run in runs(client, folder, children=True)]
-    assert sorted(children) == sorted([again] * 3 + [parent])
-    assert client.get_run(parent).info.run_name.startswith(f"{folder.name} (forgot text_source, ")
-    with tracked_runs(TRACKING, root) as found:
-        assert [run.run_id for run in found].count(folder.name) == 1
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/other.db")
+    long = tuple(f"{name}_{'x' * 150}_{n}" for n, name in enumerate("aab"))
+    root = tmp_path / "50%2F is it?"
+    root.mkdir()
+    folder = write_run(root, R, tasks=long)
+    parent = log_all(folder, root)
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+    assert (root / "mlruns" / "mlflow.db").is_file()
+    found = MlflowClient(tracking_uri=tracking_uri(root)).get_run(parent)
+    assert sum(name.startswith("task.a_") for name in found.data.metrics) > 3
+    assert len({name for name in found.data.metrics if name.startswith("score.")}) == len(long)
+    (run,) = tracked_runs(TRACKING, root)
+    assert (run.tasks, run.R) == (list(long), read_run(folder).R)
+    with store(TRACKING, root) as (client, _):
+        client.create_registered_model("m")
+    assert not (tmp_path / "other.db").exists()
+    (root / "mlruns" / "mlflow.db").write_bytes(b"damaged" * 1000)
+    with pytest.raises(GainLoRAError, match=r"mlflow\.db: damaged, so MLflow cannot read it; restore a copy, or move"):
+        tracked_runs(TRACKING, root)

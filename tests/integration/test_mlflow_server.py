@@ -7,7 +7,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -16,11 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-import yaml
 
-from tests.integration.conftest import ROOT, RUN_FLOW, free_port
+from tests.integration.conftest import ROOT, Project, answering, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 class Server:
@@ -37,70 +35,65 @@ class Server:
             env=self.environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
-                return
-            time.sleep(0.2)
-        raise AssertionError("MLflow did not start")
+        answering(f"http://127.0.0.1:{self.port}", "/health", self.process)
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def query(self, text):
-        with sqlite3.connect(self.folder / "mlflow.db") as database:
+        (file,) = [*self.folder.glob("mlflow.db"), *self.folder.glob("mlruns/mlflow.db")]
+        with sqlite3.connect(file) as database:
             return sorted(database.execute(text))
 
     def runs(self):
-        """[(name, status)] of those that are not deleted."""
-        return self.query("select name, status from runs where lifecycle_stage = 'active'")
+        """[(key, status)] of those that are not deleted."""
+        found = "select value, status from runs join tags using (run_uuid) where key = 'gainlora.key'"
+        return self.query(f"{found} and lifecycle_stage = 'active'")
 
 
 @pytest.fixture
-def server(served, tmp_path):
-    made = Server(tmp_path, served.environment)
+def project(tmp_path, model):
+    (tmp_path / "project").mkdir()
+    return Project(
+        tmp_path / "project",
+        model,
+        promote__max_forgetting=None,
+        promote__min_gain=None,
+        promote__max_general_loss=None,
+    )
+
+
+@pytest.fixture
+def server(project):
+    made = Server(project.folder.parent, project.environment)
     made.start()
     yield made
     made.kill()
 
 
-@contextlib.contextmanager
-def recording_to(project, address):
-    """Its params.yaml names this store, and every finished run is promoted."""
-    params = project.folder / "params.yaml"
-    before = params.read_text()
-    sections = yaml.safe_load(before)
-    sections["tracking"]["uri"], sections["promote"] = address, {"max_forgetting": None}
-    params.write_text(yaml.safe_dump(sections, sort_keys=False))
-    try:
-        yield
-    finally:
-        params.write_text(before)
-
-
 def names(folder):
-    return ["task_01_task1", "task_02_task2", "task_03_task3", folder.name]
+    return [*(f"{folder.name}/task_0{t}_task{t}" for t in (1, 2, 3)), folder.name]
 
 
-def test_it_may_go_away_and_come_back(served, server):
+def test_it_may_go_away_and_come_back(project, server):
     """The same command delivers what it missed, once."""
-    with recording_to(served, f"http://127.0.0.1:{server.port}"):
-        process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 21}))
-        output = ""
-        while "task 1/3" not in output:
-            output += process.stdout.readline()
-        server.kill()
-        output += process.communicate(timeout=400)[0]
-        assert process.returncode == 0, output
-        assert "MLflow did not take task 2" in output and "the same command delivers them" in output
-        (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-21-*")
-        assert (folder / "result.json").exists() and ("task_02_task2", "FINISHED") not in server.runs()
+    project.set(tracking={"uri": f"http://127.0.0.1:{server.port}"}, train={"epochs": 20})
+    process = project.start("gainlora", "run", "tiny")
+    output = ""
+    while "task 1/3" not in output:
+        output += process.stdout.readline()
+    server.kill()
+    output += process.communicate(timeout=400)[0]
+    assert process.returncode == 0, output
+    assert "MLflow did not take it" in output and "the same command delivers it later" in output
+    (folder,) = (project.folder / "runs").glob("tiny-*")
+    assert (folder / "result.json").exists() and (f"{folder.name}/task_03_task3", "FINISHED") not in server.runs()
+    assert "no MLflow server answers" in project("gainlora", "run", "tiny", code=1)
 
-        server.start()
-        assert "does not answer" not in served.flow(seed=21)
-        assert server.runs() == sorted((name, "FINISHED") for name in names(folder))
+    server.start()
+    assert "did not take" not in project("gainlora", "run", "tiny")
+    assert server.runs() == sorted((name, "FINISHED") for name in names(folder))
 
 
 class Late(BaseHTTPRequestHandler):
@@ -135,29 +128,29 @@ class Late(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def late(served, server):
-    """Address of a server that answers late; flows of `served` are impatient."""
+def late(project, server):
+    """Address of a server that answers late, for an impatient client."""
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Late)
     proxy.upstream = int(server.port)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    served.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(int(Late.patience))
+    project.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(int(Late.patience))
     yield f"http://127.0.0.1:{proxy.server_port}"
-    del served.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"]
     proxy.shutdown()
     proxy.server_close()
 
 
-def test_what_it_did_but_said_too_late_is_not_there_twice(served, server, late):
-    with recording_to(served, late):
-        output = served.flow(seed=22)
-    assert "MLflow did not take" not in output and "promoted: " in output
-    (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-22-*")
+def test_what_it_did_but_answered_too_late_is_not_there_twice(project, server, late):
+    project.set(tracking={"uri": late})
+    output = project("gainlora", "run", "tiny")
+    assert "did not take" not in output and "promoted: " in output
+    (folder,) = (project.folder / "runs").glob("tiny-*")
     assert server.runs() == sorted((name, "FINISHED") for name in names(folder))
     assert len(server.query("select run_uuid from runs")) > 4  # there were more; else the server was not late
-    of_parent = f"select count(*) from {{}} join runs using (run_uuid) where name = '{folder.name}' and {{}}"
-    assert server.query(of_parent.format("metrics", "key = 'AP'")) == [(3,)]
-    inputs = f"select count(*) from inputs join runs on run_uuid = destination_id where name = '{folder.name}'"
-    assert server.query(inputs) == [(3,)]
+    active = "tags join runs using (run_uuid) where lifecycle_stage = 'active' and key = 'gainlora.key'"
+    ((parent,),) = server.query(f"select run_uuid from {active} and value = '{folder.name}'")
+    assert server.query(f"select count(*) from metrics where run_uuid = '{parent}' and key = 'AP'") == [(3,)]
+    assert server.query(f"select count(*) from inputs where destination_id = '{parent}'") == [(3,)]
+    assert len(server.query("select name from logged_models where lifecycle_stage = 'active'")) == 3
     assert len(server.query("select version from model_versions where current_stage != 'Deleted_Internal'")) == 1
 
 
@@ -181,13 +174,14 @@ def post(address, body, headers):
         return error.code
 
 
-def test_make_ui_answers_this_machine_only(served, tmp_path):
+def test_make_ui_answers_this_machine_only(project):
     """The command of the Makefile itself. A refused change is not made."""
-    server = Server(tmp_path, served.environment)
+    (project.folder / "mlruns").mkdir()
+    server = Server(project.folder, project.environment)
     recipe = ["make", "-n", "-C", ROOT, "ui", f"UI_PORT={server.port}"]
     lines = subprocess.run(recipe, capture_output=True, text=True, check=True).stdout.replace("\\\n", "").splitlines()
     (line,) = [line for line in lines if "mlflow ui" in line]
-    server.start("bash", "-c", line.replace(str(ROOT / "mlruns"), str(tmp_path)))
+    server.start("bash", "-c", line)
     try:
         codes = {}
         for name, value in SENDERS:

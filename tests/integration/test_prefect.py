@@ -1,6 +1,8 @@
-"""The flow on a real Prefect server with a real worker, a real MLflow store and a tiny random model."""
+"""Flows on a real Prefect server with its runner, a real MLflow store and a tiny random model."""
 
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -11,31 +13,34 @@ import psutil
 import pytest
 
 from gainlora import rules
-from tests.integration.conftest import RUN_FLOW, SERVE, Project
+from tests.integration.conftest import CONTINUAL, SERVE, Project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
 
 TASKS = ["task1", "task2", "task3"]
+RUN = ("prefect", "deployment", "run")
 
 
-def test_dashed_name_runs_the_order_on_the_worker(served):
-    output = served(
-        *("prefect", "deployment", "run", "continual-order1", "--watch"),
-        *("--param", "order=tiny", "--param", "method=seqlora", "--param", "seed=3", "--param", "train_limit=8"),
-    )
+def param(**values):
+    return [word for name, value in values.items() for word in ("--param", f"{name}={value}")]
+
+
+def test_a_dashed_name_runs_an_order(served):
+    given = param(order="tiny", method="seqlora", seed=3, train_limit=8)
+    output = served(*RUN, "continual-order1", "--watch", *given)
     assert "continual/order1" in output and "finished successfully" in output
 
     run = served.last_flow_run()
-    assert run["parameters"]["method"] == "seqlora" and run["parameters"]["train_limit"] == 8
+    assert run["name"] == "tiny seqlora 3" and run["state"]["message"].startswith("AP ")
     of_run = {"id": {"any_": [run["id"]]}}
     steps = [step["name"] for step in served.api("task_runs", flow_runs=of_run, sort="EXPECTED_START_TIME_ASC")]
-    phases = ["prepare branch", "train", "update subspaces", "evaluate seen tasks", "finish", "record"]
+    phases = ("train", "update subspaces", "evaluate", "record")
     expected = [f"{phase} {t}/3 {name}" for t, name in enumerate(TASKS, 1) for phase in phases]
-    assert [step for step in steps if "/3 " in step] == expected
+    assert steps == ["version data", *expected, "conclude"]
     artifacts = served.api("artifacts", flow_runs=of_run)
     assert [artifact["data"] for artifact in artifacts if artifact["type"] == "progress"] == [100]
     tables = sorted(a["data"] for a in artifacts if str(a["key"]).startswith("accuracy-matrix"))
-    assert [table.count("\n") for table in tables] == [2, 3, 4] and "| 3 task3 |" in tables[-1]
+    assert [table.count("\n") for table in tables] == [2, 3, 4] and "| task3 |" in tables[-1]
 
     (folder,) = (served.folder / "runs").glob("tiny-seqlora-*")
     result = json.loads((folder / "result.json").read_text())
@@ -44,38 +49,29 @@ def test_dashed_name_runs_the_order_on_the_worker(served):
     assert not (served.folder / "metrics" / "tiny.json").exists()  # not what params.yaml describes
 
 
-def test_the_flow_runs_with_every_method(served):
-    """In one process, as importing Prefect, MLflow and torch takes longer than learning."""
-    code = (
-        "from flows.continual import continual; from gainlora import rules\n"
-        "for method in rules.methods(): continual(order='tiny', method=method, train_limit=8, seed=7)"
-    )
-    served.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{served.port}/api"
+def test_bad_input_fails_a_run_at_once_with_its_one_message(served):
+    message = "params.yaml: no order 'order2'; known: tiny, two; a file of your own ends in .yaml."
+    (served.folder / "data" / "tiny").rename(served.folder / "data" / "away")
     try:
-        served(sys.executable, "-c", code)
+        said = served(*RUN, "continual-order1", *param(order="tiny"))
     finally:
-        del served.environment["PREFECT_API_URL"]
-    runs = served.mlflow_runs()
-    for method in rules.methods():
-        (folder,) = (served.folder / "runs").glob(f"tiny-{method}-*-7-*")
-        result = json.loads((folder / "result.json").read_text())
-        assert None not in result["R"][-1] and runs[folder.name] == ["FINISHED"]
-
-
-def test_names(served):
-    for name in ("continual-embedded", "continual-order4", "continual/order2"):
-        output = served("prefect", "deployment", "run", name, "--start-in", "1 day")
-        assert f"Creating flow run for deployment '{name.replace('-', '/')}'" in output
-    for name in ("continual-order9", "order1", "continual-"):
-        assert f"Deployment '{name}' not found!" in served("prefect", "deployment", "run", name, code=1)
-
-
-def test_bad_input_fails_the_run_with_its_one_message(served):
-    served("prefect", "deployment", "run", "continual/order2", "--watch", code=1)  # no such order in this params.yaml
+        (served.folder / "data" / "away").rename(served.folder / "data" / "tiny")
+    assert "error: orders.tiny.data: data/tiny: no such folder" in said and "Traceback" not in said
     state = served.last_flow_run()["state"]
-    assert state["type"] == "FAILED"
-    assert state["message"] == "params.yaml: no order 'order2'; known: tiny; a file of your own ends in .yaml."
-    assert served.flow(method="seqlor", code=1).strip().startswith("error: method: 'seqlor' is unknown; choose from")
+    assert state["type"] == "FAILED" and state["message"].startswith("orders.tiny.data: data/tiny: no such folder")
+    assert f"error: {message}" in served(*RUN, "continual/order2", "--watch", code=1)  # this params.yaml has none
+    output = served(*CONTINUAL[:-1], "order2", code=1)
+    assert f"error: {message}" in output and "Traceback" not in output
+    assert "Deployment 'order1' not found!" in served(*RUN, "order1", code=1)
+
+    (deployment,) = served.api("deployments", deployments={"name": {"any_": ["order2"]}})  # as the UI starts one
+    queued = served.post(f"deployments/{deployment['id']}/create_flow_run")
+    end = time.monotonic() + 120
+    while (run := served.last_flow_run())["id"] != queued["id"]:
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert (run["state"]["type"], run["state"]["message"]) == ("FAILED", message)
+    assert "Traceback" not in (served.folder / ".prefect" / "runner.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -103,94 +99,129 @@ def test_the_server_answers_this_machine_only(served, headers, code):
     except urllib.error.HTTPError as error:
         found = error.code
     assert found == code
-    listening = psutil.Process(json.loads((served.folder / ".prefect/server.json").read_text())["server"][0])
+    listening = psutil.Process(served.processes()["server"])
     assert {c.laddr.ip for c in listening.net_connections() if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
-def test_serving_twice_changes_nothing(served):
+def test_serving_twice_keeps_what_runs(served):
     record = (served.folder / ".prefect" / "server.json").read_text()
     served(*SERVE, "start")
+    assert "the runner in this folder runs 2 at once" in served(*SERVE, "start", "3", code=1)
     assert (served.folder / ".prefect" / "server.json").read_text() == record
 
 
-def test_an_interrupted_run_is_marked_and_goes_on(served):
-    parameters = json.dumps({"order": "tiny", "seed": 8})
-    process = served.start(sys.executable, "-c", RUN_FLOW, parameters)
-    output = ""
-    while "task 1/3" not in output:
-        line = process.stdout.readline()
-        assert line, output
-        output += line
-    process.send_signal(signal.SIGINT)
-    output += process.communicate(timeout=60)[0]
-    (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-8-*")
-    assert process.returncode == 130, output
+def test_another_folders_server_is_not_used(served, tmp_path, model):
+    """It answers at this folder's port; its flows would read the other folder's params.yaml."""
+    other = Project(tmp_path, model)
+    other.environment["PREFECT_PORT"] = served.port
+    said = other(*RUN, "continual-order1", code=1)
+    assert said.startswith("error: PREFECT_API_URL: no Prefect server answers for this folder; start one: make serve.")
+    assert "another Prefect server answers; end it, or take another port" in other(*SERVE, "start", code=1)
+    shutil.copytree(served.folder / ".prefect", tmp_path / ".prefect", dirs_exist_ok=True)  # as a copied folder has it
+    assert other(*SERVE, "stop") == "" and all(map(psutil.pid_exists, served.processes().values()))
+    url = other.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{served.port}/api"
+    assert f"{url}: belongs to {served.folder}: its deployments run there" in other(*RUN, "continual-any", code=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_is_recorded_and_the_same_command_resumes(served):
+    served.set(train={"epochs": 8})
+    code, output = served.interrupt(*CONTINUAL, at="runs/tiny-gainlora-inflora-*-1-*/task_01_*")
+    (folder,) = (served.folder / "runs").glob("tiny-gainlora-inflora-*-1-*")
+    assert code == 130 and "the same command resumes" in output, output
     assert served.mlflow_runs()[folder.name] == ["KILLED"]
     before = (folder / "task_01_task1" / "scores.json").stat().st_mtime_ns
 
-    assert "finished before" in served.flow(seed=8)
+    assert "temporary server" not in served(*CONTINUAL)
     assert (folder / "task_01_task1" / "scores.json").stat().st_mtime_ns == before
+    assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+    assert served.read("metrics/tiny.json") == served.read(f"runs/{folder.name}/result.json")
+    assert served.last_flow_run()["state"]["type"] == "COMPLETED"
+
+
+# -- long ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_the_flow_runs_with_every_method(served):
+    """In one process, as importing Prefect, MLflow and torch takes longer than learning."""
+    code = (
+        "import os; from flows.server import environment; from gainlora.prefect_server import find_server\n"
+        "os.environ.update(environment(find_server()))\n"
+        "from flows.continual import continual; from gainlora import rules\n"
+        "for method in rules.methods(): continual(order='tiny', method=method, train_limit=8, seed=7)"
+    )
+    served(sys.executable, "-c", code)
+    for method in rules.methods():
+        (folder,) = (served.folder / "runs").glob(f"tiny-{method}-*-7-*")
+        assert None not in json.loads((folder / "result.json").read_text())["R"][-1]
+        assert served.mlflow_runs()[folder.name] == ["FINISHED"]
+
+
+@pytest.mark.long
+def test_several_processes_end_with_the_flow_and_resume_with_it(served):
+    options = {"launch.num_processes": 2, "train.epochs": 20, "train.checkpoint_every": 10}
+    given = param(order="tiny", seed=11, method="multitask", overrides=json.dumps(options))
+    process = served.start(*RUN, "continual-any", "--watch", *given)
+    found = served.wait_for("runs/tiny-multitask-*-11-*/.task_01_*/checkpoint_*", process)
+    learning = [p for p in psutil.process_iter(["cmdline"]) if str(found.parents[1]) in (p.info["cmdline"] or ())]
+    assert len(learning) == 2
+    served("prefect", "flow-run", "cancel", served.api("flow_runs", sort="START_TIME_DESC")[0]["id"])
+    process.communicate(timeout=90)
+    assert not psutil.wait_procs(learning, timeout=30)[1]
+    served(*RUN, "continual-any", "--watch", *given)
+    scores = served.read("runs/tiny-multitask-*-11-*/task_01_all_tasks/scores.json")
+    assert scores["num_processes"] == 2 and served.mlflow_runs()[found.parents[1].name] == ["FINISHED"]
+
+
+@pytest.mark.long
+def test_a_run_outlives_its_server_and_needs_no_proxy(served):
+    """The server is killed in the middle of a run, and started again when all is learned. No local server is asked
+    for through the proxy, at which nothing answers."""
+    dead = "http://127.0.0.1:9"
+    served.environment |= {"HTTP_PROXY": dead, "http_proxy": dead, "ALL_PROXY": dead, "all_proxy": dead}
+    try:
+        served(*SERVE, "stop")
+        served(*SERVE, "start", "2")
+        overrides = json.dumps({"train.epochs": 40})
+        served(*RUN, "continual-any", *param(order="tiny", seed=61, overrides=overrides))
+        before = served.processes()
+        served.wait_for("runs/tiny-*-61-*/task_01_*")
+        os.kill(before["server"], signal.SIGKILL)
+        served.wait_for("runs/tiny-*-61-*/result.json")
+        served(*SERVE, "start")
+        after = served.processes()
+        assert after.pop("server") != before.pop("server") and after == before  # the runner was not touched
+        end = time.monotonic() + 240
+        while (run := served.last_flow_run())["name"] != "tiny 61":
+            assert time.monotonic() < end
+            time.sleep(1)
+    finally:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            served.environment.pop(name, None)
+    assert run["state_type"] == "COMPLETED" and run["state"]["message"].startswith("AP ")
+    (folder,) = served.folder.glob("runs/tiny-*-61-*")
     assert served.mlflow_runs()[folder.name] == ["FINISHED"]
 
 
-def test_several_processes_end_with_the_flow_and_go_on_with_it(served):
-    options = {"launch.num_processes": 2, "train.epochs": 20, "train.checkpoint_every": 10}
-    parameters = {"seed": 11, "method": "multitask", "overrides": options}
-    process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", **parameters}))
-    while not (found := list((served.folder / "runs").glob("tiny-multitask-*-11-*/.task_01_*/checkpoint_*"))):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert sum("gainlora.learning.worker" in child.cmdline() for child in children) == 3  # the launcher's line, too
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode == 130, output
-    _, left = psutil.wait_procs(children, timeout=30)
-    assert not left
-
-    output = served.flow(**parameters)
-    assert [line.split(" |")[0] for line in output.splitlines() if line.startswith("task ")] == ["task 1/1 all_tasks"]
-    folder = found[0].parents[1]
-    scores = json.loads((folder / "task_01_all_tasks" / "scores.json").read_text())
-    assert scores["num_processes"] == 2 and served.mlflow_runs()[folder.name] == ["FINISHED"]
-    refused = served.flow(seed=12, overrides={"launch.num_processes": 9}, code=1)
-    assert refused.strip().startswith("error: launch.num_processes: 9 cannot share the 8 examples of train.batch_size")
-
-
-def test_without_a_server_the_command_says_so(tmp_path, model):
-    project = Project(tmp_path, model)
-    output = project("prefect", "deployment", "run", "continual-order1", code=1)
-    assert output.splitlines() == [
-        f"No Prefect server answers at http://127.0.0.1:{project.port}/api; start one with: make serve"
-    ]
-
-
-def test_without_a_server_the_flow_brings_its_own_and_ends_it(tmp_path, model):
-    project = Project(tmp_path, model)
-    output = project.flow()  # returns only when nobody holds the pipe any more
-    assert [line.split(" |")[0] for line in output.splitlines() if line.startswith("task ")] == [
-        f"task {t}/3 {name}" for t, name in enumerate(TASKS, 1)
-    ]
-    result = json.loads((tmp_path / "metrics" / "tiny.json").read_text())
-    assert result["method"] == "gainlora-inflora" and len(result["R"]) == 3
-    published = {path.name for path in (tmp_path / "adapters" / "tiny").iterdir()}
-    assert {
-        "adapter_model.safetensors",
-        "gate.safetensors",
-        "adapter_config.json",
-        "run.json",
-        "README.md",
-    } <= published
-    assert set(project.mlflow_runs().popitem()[1]) == {"FINISHED"}
-
-
-def test_the_flow_ends_when_its_supervisor_is_killed(served):
-    process = served.start(sys.executable, "-c", RUN_FLOW, json.dumps({"order": "tiny", "seed": 9}))
-    end = time.monotonic() + 60
-    while not (children := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert children
-    process.kill()
-    process.communicate(timeout=60)
-    _, left = psutil.wait_procs(children, timeout=60)
-    assert not left
+@pytest.mark.long
+def test_a_run_learns_once_at_a_time(served):
+    """The runner takes two: the same run is refused meanwhile, another one is not."""
+    given = param(order="tiny", overrides=json.dumps({"train.epochs": 3000}))
+    for seed in (71, 72):
+        served(*RUN, "continual-any", *given, *param(seed=seed))
+    for seed in (71, 72):
+        served.wait_for(f"runs/tiny-*-{seed}-*/.task_01_*")
+    said = served("gainlora", "run", "tiny", "--seed", "71", "--set", "train.epochs=3000", code=1)
+    assert "this run is in progress already (process " in said
+    for run in served.api("flow_runs", flow_runs={"state": {"type": {"any_": ["RUNNING"]}}}):
+        served("prefect", "flow-run", "cancel", run["id"])
+    end = time.monotonic() + 120
+    while served.api("flow_runs", flow_runs={"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}):
+        assert time.monotonic() < end
+        time.sleep(1)
+    folders = [folder.name for seed in (71, 72) for folder in served.folder.glob(f"runs/tiny-*-{seed}-*")]
+    assert len(folders) == 2
+    while not all(served.mlflow_runs()[name] == ["KILLED"] for name in folders):  # Prefect's state may come first
+        assert time.monotonic() < end, served.mlflow_runs()
+        time.sleep(1)

@@ -4,10 +4,8 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,28 +14,25 @@ import pytest
 
 from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
-from gainlora.handover.folder import open_learned
-from gainlora.handover.predict import Predictor
+from gainlora.export.saved import open_saved
+from gainlora.inference import Predictor
+from gainlora.sections import ReportConfig, TrackingConfig
 from gainlora.tracking import mlflow as tracked
 from gainlora.tracking.registry import register
 from gainlora.tracking.store import tracking_uri
-from tests.unit.test_handover import prompt
-from tests.unit.test_stream import learn, project
+from tests.integration.conftest import answering, free_port
+from tests.runs import learn, project, prompt
 
-TRACKING = {"experiment": "tiny", "uri": None}
-REPORT = {"decimals": 1, "dpi": 50}
+TRACKING = TrackingConfig(experiment="tiny")
+REPORT = ReportConfig(decimals=1, dpi=50)
 TASKS = ("task1", "task2", "task3")
 
 
 def recorded(root, **options):
     """A finished run that is in MLflow."""
-    stream = learn(root, **options)
-    stream.result()
-    run_id = tracked.start(stream.folder, TRACKING, root)
-    for t in (1, 2, 3):
-        tracked.record_task(stream.folder, stream.task_folder(t), run_id, TRACKING, root)
-    tracked.finish(stream.folder, run_id, TRACKING, REPORT, root)
-    return stream.folder
+    folder = learn(root, **options).folder
+    tracked.record_run(folder, TRACKING, REPORT, root)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +64,7 @@ def files(folder):
 def test_a_version_is_the_finished_model_and_its_code(run, uri, client, version):
     assert version == 1 == register(run, uri)  # again: the same
     (found,) = client.search_model_versions("name = 'gainlora-tiny'")
-    assert client.get_model_version_by_alias("gainlora-tiny", "champion").version == found.version
+    assert client.get_registered_model("gainlora-tiny").aliases == {}  # promotion is another thing
     assert found.tags["gainlora.key"] == run.name and found.tags["method"] == "gainlora-inflora"
     from mlflow.artifacts import download_artifacts
     from mlflow.models import get_model_info
@@ -83,34 +78,28 @@ def test_a_version_is_the_finished_model_and_its_code(run, uri, client, version)
     base = run.parent.parent / "base" / "model.safetensors"
     assert all(path.stat().st_size != base.stat().st_size for path in files(here))
     info = get_model_info(str(here))
-    assert info.signature.inputs.input_names() == ["text"] and info.signature.outputs.input_names()[0] == "answer"
+    assert info.signature.outputs.input_names()[0] == "answer"
     assert {p.name for p in info.signature.params} == {"max_new_tokens", "coefficients"}
     example = json.loads((here / "input_example.json").read_text())
     assert [row[0].split("\n")[0] for row in example["data"]] == ["Sort task 1", "Sort task 2", "Sort task 3"]
 
 
-def test_another_run_is_another_version_and_the_champion_stays(run, uri, client, version):
+def test_another_run_is_another_version_and_registering_promotes_none(run, uri, client, version):
     other = recorded(run.parent.parent, seed=2)
     assert register(other, uri) == 2 == register(other, uri) and register(run, uri) == 1
-    assert client.get_model_version_by_alias("gainlora-tiny", "champion").version == version
+    assert client.get_registered_model("gainlora-tiny").aliases == {}
 
 
 def test_what_cannot_be_registered(run, uri, version, capsys, monkeypatch, tmp_path):
     root = run.parent.parent
-    with pytest.raises(GainLoRAError, match="method single must be told the task"):
+    with pytest.raises(GainLoRAError, match="method single needs a task id"):
         register(recorded(root, method="single"), uri)
-    stream = learn(root, method="olora")
-    stream.result()
     with pytest.raises(GainLoRAError, match="MLflow has no such run; give its `gainlora run` command again"):
-        register(stream.folder, uri)
+        register(learn(root, method="olora").folder, uri)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("orders: {}")
     assert main(["register", str(run)]) == 1
     assert f"{tmp_path}/mlruns/mlflow.db is not there" in capsys.readouterr().err
-    (tmp_path / "params.yaml").write_text("tracking: {uri: http://127.0.0.1:9}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert main(["register", str(run)]) == 1
-    assert "tracking.uri: http://127.0.0.1:9: " in capsys.readouterr().err
     other = shutil.copytree(run, tmp_path / "project" / "runs" / run.name)
     shutil.rmtree(other / "task_03_task3")
     with pytest.raises(GainLoRAError, match="2 of 3 tasks are learned"):
@@ -123,26 +112,16 @@ def test_what_cannot_be_registered(run, uri, version, capsys, monkeypatch, tmp_p
 @contextlib.contextmanager
 def served(model, uri, log):
     """`mlflow models serve`; the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", "127.0.0.1", "--port", port],
             env=environment, stdout=output, stderr=output, start_new_session=True, cwd=log.parent,
         )  # fmt: skip
         try:
-            address = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 120
-            while True:
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"{address}/ping", timeout=5)
-                    break
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-            yield address
+            yield answering(f"http://127.0.0.1:{port}", "/ping", server, log)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, 15)
@@ -162,7 +141,7 @@ def ask(address, body, kind="application/json"):
 
 @pytest.fixture(scope="module")
 def address(uri, version, tmp_path_factory):
-    with served("models:/gainlora-tiny@champion", uri, tmp_path_factory.mktemp("server") / "log") as address:
+    with served("models:/gainlora-tiny/1", uri, tmp_path_factory.mktemp("server") / "log") as address:
         yield address
 
 
@@ -170,9 +149,15 @@ BAD = [
     ({"dataframe_records": [{"txt": "a"}]}, "text"),
     ({"dataframe_records": [{"text": 3}]}, "text"),
     ({"dataframe_records": [{"text": "a"}, {"text": " "}]}, "row 1: text: empty"),
+    ({"dataframe_records": [{"text": "a", "tsk": "task1"}]}, "tsk: unknown; a row has text and task alone"),
+    (
+        {"dataframe_records": [{"text": "a", "task": "tsk1"}]},
+        "row 0: task: 'tsk1' is no task of this run; did you mean",
+    ),
+    ({"dataframe_records": [{"text": "a"}] * 1001}, "1001 rows with 1001 characters; give at most 1000"),
+    ({"dataframe_records": [{"text": "a" * 1_000_001}]}, "give at most 1000 with 1000000 at once"),
+    ({"inputs": ["a"]}, "text"),
     ({"dataframe_records": [{"text": "a"}], "params": {"max_new_tokens": 0}}, "max_new_tokens: 0 is out of range"),
-    ({"dataframe_records": [{"text": "a"}], "params": {"max_new_tokens": 10**6}}, "give 1 to 1024"),
-    ({"dataframe_records": [{"text": "a"}], "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
     ({"rows": [{"text": "a"}]}, "dataframe_records"),
     (b"{", "JSON"),
 ]
@@ -182,7 +167,7 @@ BAD = [
 def test_mixed_tasks_over_http_are_answered_as_by_predict(run, address, capsys):
     prompts = [prompt(run, task, i) for i in range(4) for task in TASKS]
     rows = [{"text": text} for text in prompts]
-    expected = Predictor(open_learned(run)).answer(prompts)
+    expected = Predictor(open_saved(run)).answer(prompts)
     status, found = ask(address, {"dataframe_records": rows, "params": {"coefficients": True}})
     assert status == 200 and [row["answer"] for row in found["predictions"]] == [a.text for a in expected]
     for row, answer in zip(found["predictions"], expected, strict=True):
@@ -194,6 +179,12 @@ def test_mixed_tasks_over_http_are_answered_as_by_predict(run, address, capsys):
     )
     assert status == 200 and list(short["predictions"][0]) == ["answer"]
     assert len(short["predictions"][0]["answer"].split()) <= 1
+    by_task = [{"text": prompts[3 * i].split("\n")[1], "task": TASKS[0]} for i in range(4)]
+    status, found = ask(address, {"dataframe_records": [*by_task, rows[1]]})  # one row without a task
+    assert (status, [row["answer"] for row in found["predictions"]]) == (
+        200,
+        [expected[i].text for i in (0, 3, 6, 9, 1)],
+    )
     with ThreadPoolExecutor(8) as many:  # at the same time, in batches of different prompts
         replies = list(many.map(lambda i: ask(address, {"dataframe_records": rows[i : i + 3]}), range(10)))
     for i, (status, reply) in enumerate(replies):

@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
-from gainlora.learning.stream import Stream
-from gainlora.params import load_config
+from gainlora.config import load_config
+from gainlora.runs.run import Run
 from tests.tiny import tiny_params, tiny_tokenizer
 
 TOPICS, WORDS, TASKS = 12, 5, 3
@@ -80,14 +80,8 @@ def test_sequential_lora_forgets_and_gainlora_does_not(tmp_path):
     )  # fmt: skip
     results = {}
     for method in ("seqlora", "gainlora-inflora"):
-        stream = Stream.create(load_config("topics", tmp_path / "params.yaml", {"method": method}), tmp_path)
-        for t in range(1, TASKS + 1):
-            stream.prepare(t)
-            stream.train(t)
-            stream.update(t)
-            stream.evaluate(t)
-            stream.finish(t)
-        results[method] = stream.result()
+        with Run.create(load_config("topics", {"method": method}, tmp_path / "params.yaml"), tmp_path) as run:
+            results[method] = run.learn()
     forgotten = {method: result["FT"] for method, result in results.items()}
     assert all(result["R"][t][t] > 70 for result in results.values() for t in range(TASKS))  # each task is learned
     # over seeds 1 to 4: seqlora 30 to 46, gainlora-inflora 0

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gainlora.config import load_config
 from gainlora.errors import GainLoRAError
-from gainlora.learning.stream import Stream
-from gainlora.model.base import check_positions, find_targets, load_base
-from gainlora.model.gainlora_model import GainLoRAModel
-from gainlora.model.subspace import design_A, empty_basis, expand_basis
-from gainlora.params import load_config
+from gainlora.model.base import check_positions, load_base
+from gainlora.model.modeling import GainLoRAModel
+from gainlora.model.subspace import empty_basis, expand_basis, inflora_A
+from gainlora.model.targets import find_targets
+from gainlora.runs.run import Run
 from tests.tiny import tiny_llama, tiny_params, tiny_t5, tiny_tokenizer
 from tests.unit.test_model import make
 
@@ -162,15 +163,15 @@ def test_a_table_of_positions_bounds_prompt_and_answer(tmp_path):
     tiny_opt(tmp_path / "base")
     params = tiny_params(tmp_path, tmp_path / "base", data__max_prompt_tokens=45)
     with pytest.raises(GainLoRAError, match=r"lower data\.max_prompt_tokens to 44"):
-        Stream.create(load_config("tiny", params), tmp_path)
-    assert not list((tmp_path / "runs").iterdir())  # a run that cannot begin leaves nothing
+        Run.create(load_config("tiny", params=params), tmp_path)
+    assert not list((tmp_path / "runs").glob("*tiny-*"))  # a run that cannot begin leaves nothing
 
 
 BRANCHES, GATE, BASES = "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors"
 A, B = (f"model.layers.0.self_attn.q_proj.lora_{side}" for side in "AB")
 ADAPTERS = {
     "config no JSON": (written("adapter_config.json", "{"), "adapter_config.json: not JSON"),
-    "config a list": (written("adapter_config.json", "[]"), "format None is no GainLoRA adapter"),
+    "config a list": (written("adapter_config.json", "[]"), "holds no JSON object"),
     "config a folder": (a_folder("adapter_config.json"), "cannot be read"),
     "of peft": (written("adapter_config.json", '{"peft_type": "LORA", "r": 8}'), "is no GainLoRA adapter"),
     "older": (setting(format="gainlora-1"), "of an older version; learn it again"),
@@ -182,7 +183,7 @@ ADAPTERS = {
     "alpha of nothing": (setting(alpha=float("nan")), "alpha: nan must be"),
     "targets of text": (setting(targets="q"), "targets: got 'q', expected a list"),
     "other targets": (setting(targets=["wo"]), "lora.targets: wo matches no linear"),
-    "unknown score": (setting(gate_score="dot"), "gate_score: 'dot' is not one of"),
+    "unknown score": (setting(gate_score="dot"), "gate_score: got 'dot', expected 'cosine' or 'linear'"),
     "tasks a number": (setting(tasks=3), "tasks: got 3, expected a list"),
     "another rank": (setting(rank=4), "of shape [2, 2, 32], expected [2, 4, 32]"),
     "another gate": (setting(gate_hidden=7), "gate.safetensors: hidden.1 is of shape"),
@@ -231,7 +232,7 @@ def test_a_decomposition_that_does_not_converge_names_the_layer(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     for work in (
         lambda: expand_basis(torch.zeros(4, 0), torch.eye(4), 0.9, "covariance", "layer.q"),
-        lambda: design_A(empty_basis(4), torch.eye(4)[None], 2, "layer.q"),
+        lambda: inflora_A(empty_basis(4), torch.eye(4)[None], 2, "layer.q"),
     ):
         with pytest.raises(GainLoRAError, match=r"layer\.q: .*cannot be decomposed \(did not converge\); lower train"):
             work()

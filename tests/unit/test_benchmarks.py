@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from benchmarks import __main__ as runner
 from benchmarks import covariance, evaluation, generation, gpu, subspaces, training
@@ -17,7 +18,7 @@ def test_every_group_of_a_model_runs(name, monkeypatch):
     monkeypatch.setattr(generation, "BRANCHES", 2)
     rows = [
         *training.rows(name, batch_size=2, length=16, rounds=1),  # asserts that compared sides compute the same
-        *gpu.rows(name, 2, 16, peak=1e12, rounds=1, answer=4),
+        *gpu.rows(name, torch.float32, 2, 16, rounds=1, answer=4),
         generation.row(name, rounds=1),
         evaluation.row(name, count=20, rounds=1),  # asserts equal predictions
         covariance.row(name, rounds=1),
@@ -28,8 +29,6 @@ def test_every_group_of_a_model_runs(name, monkeypatch):
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
-    import torch
-
     def work():
         a = torch.zeros(1000, 250)  # 1 MB, as each below
         b = a + 1

@@ -1,9 +1,7 @@
 """A task stopped in the middle of its training goes on to the same end, bit for bit."""
 
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,37 +10,20 @@ import time
 import pytest
 import torch
 
-from gainlora.learning import trainer
-from gainlora.learning.checkpoint import Checkpoints, latest
-from gainlora.learning.stream import Stream
-from gainlora.learning.trainer import target_loss
-from gainlora.params import load_config
-from tests.unit.test_stream import learn, project
+from gainlora.training import train
+from gainlora.training.checkpoint import Checkpoints, latest
+from gainlora.training.train import target_loss
+from tests.runs import assert_equal_runs, copy_of, flip, learn, project, run
 
-RUN = (
-    "import sys; from pathlib import Path; from tests.unit.test_checkpoint import run\n"
-    "run(Path(sys.argv[1]), sys.argv[2])\n"
-)
-ENVIRONMENT = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+RUN = "import sys; from pathlib import Path; from tests.runs import run\nrun(Path(sys.argv[1]), sys.argv[2])\n"
+ENVIRONMENT = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 OPTIONS = {"train__checkpoint_every": 2, "train__epochs": 2, "train__lr_scheduler": "cosine"}
 """24 examples in batches of 8, twice: 6 steps a task, checkpoints after 2, 4 and 6."""
+METHOD = "gainlora-inflora"
 
 
 class Stopped(Exception):
     pass
-
-
-def run(root, method) -> None:
-    """The whole stream, as a new process would find its folder."""
-    Stream.close_all()
-    stream = Stream.create(load_config("tiny", root / "params.yaml", {"method": method}), root)
-    try:
-        for t in range(1, len(stream.steps) + 1):
-            for step in ("prepare", "train", "update", "evaluate", "finish"):
-                getattr(stream, step)(t)
-        stream.result()
-    finally:
-        stream._lock.close()
 
 
 def stop_at(monkeypatch, partial, steps, when) -> None:
@@ -60,25 +41,6 @@ def stop_at(monkeypatch, partial, steps, when) -> None:
     monkeypatch.setattr(Checkpoints, "save", stopping)
 
 
-def tensors(folder):
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def assert_equal_runs(stopped, expected):
-    """The same files, but for the seconds."""
-    (one,), (other,) = (list(root.glob("runs/tiny-*")) for root in (stopped, expected))
-    folders = sorted(path.name for path in other.glob("task_*"))
-    assert sorted(path.name for path in one.glob("task_*")) == folders and folders
-    for name in folders:
-        assert tensors(one / name) == tensors(other / name)
-        lines = [[json.loads(x) for x in (run / name / "train.jsonl").read_text().splitlines()] for run in (one, other)]
-        for a, b in zip(*lines, strict=True):
-            assert {**a, "seconds": 0} == {**b, "seconds": 0}
-    assert (one / "result.json").read_bytes() == (other / "result.json").read_bytes()
-    assert not list(one.glob(".task*")) and not list(one.rglob("*checkpoint*"))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Method -> a project in which it ran without a stop; made when first asked for."""
@@ -92,11 +54,6 @@ def whole(tmp_path_factory):
         return made[kind, method]
 
     return get
-
-
-def copy_of(root, target):
-    """The same project without its runs; its base model stays where it is, so the configuration is the same."""
-    return shutil.copytree(root, target, ignore=shutil.ignore_patterns("runs", "base"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +94,7 @@ def test_interrupted_in_a_step_it_keeps_all_steps_before(whole, tmp_path):
         return loss
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "target_loss", interrupted)
+        patch.setattr(train, "target_loss", interrupted)
         run(root, "gainlora-olora")
     (partial,) = root.glob("runs/tiny-*/.task_02_*")
     assert latest(partial).name == "checkpoint_00003"  # between those that were due
@@ -146,33 +103,31 @@ def test_interrupted_in_a_step_it_keeps_all_steps_before(whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_starts_the_task_again(whole, tmp_path):
-    expected = whole("llama", "gainlora-inflora")
+    expected = whole("llama", METHOD)
     root = copy_of(expected, tmp_path / "stopped")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, "02", 4, "after")
-        run(root, "gainlora-inflora")
+        run(root, METHOD)
     (state,) = root.glob("runs/tiny-*/.task*/checkpoint_00004/state.safetensors")
-    content = bytearray(state.read_bytes())
-    content[-5] ^= 1
-    state.write_bytes(content)
+    flip(state)
     assert latest(state.parent.parent) is None
-    run(root, "gainlora-inflora")
+    run(root, METHOD)
     assert_equal_runs(root, expected)
 
 
 def test_no_checkpoints_when_none_are_asked_for(tmp_path):
-    stream = learn(project(tmp_path), train__checkpoint_every=None)
-    assert stream.finished == 3 and not list(stream.folder.rglob("*checkpoint*"))
+    done = learn(project(tmp_path), train__checkpoint_every=None)
+    assert done.finished == 3 and not list(done.folder.rglob("*checkpoint*"))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_when_the_disk_is_full_it_says_so_and_goes_on_once_there_is_room(whole, tmp_path, share):
     """A limit on the size of files stands for the disk; it fails at another file each."""
-    expected = whole("llama", "gainlora-inflora")
+    expected = whole("llama", METHOD)
     room = int(share * max(path.stat().st_size for path in expected.glob("runs/*/task_*/*")))
     root = copy_of(expected, tmp_path / "full")
     limited = (
-        "import resource, signal, sys; from pathlib import Path; from tests.unit.test_checkpoint import run\n"
+        "import resource, signal, sys; from pathlib import Path; from tests.runs import run\n"
         "from gainlora.errors import GainLoRAError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, -1))\n"
@@ -180,30 +135,30 @@ def test_when_the_disk_is_full_it_says_so_and_goes_on_once_there_is_room(whole, 
         "except GainLoRAError as error: sys.exit(f'error: {error}')\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-B", "-c", limited, root, "gainlora-inflora"],  # -B: nor can bytecode be written
+        [sys.executable, "-B", "-c", limited, root, METHOD],  # -B: nor can bytecode be written
         env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 1, ended.stderr
     assert "not written: " in ended.stderr and "the same command again" in ended.stderr
-    run(root, "gainlora-inflora")
+    run(root, METHOD)
     assert_equal_runs(root, expected)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_as_if_never_stopped(whole, tmp_path):
-    """SIGKILL at 20 moments, wherever they fall, of as many streams as it takes."""
-    method = "gainlora-inflora"
-    expected = whole("llama", method)
+    """SIGKILL at 20 moments, wherever they fall, of as many runs as it takes."""
+    expected = whole("llama", METHOD)
     command = [sys.executable, "-c", RUN]
     started = time.monotonic()
-    subprocess.run([*command, copy_of(expected, tmp_path / "timed"), method], env=ENVIRONMENT, check=True)
+    subprocess.run([*command, copy_of(expected, tmp_path / "timed"), METHOD], env=ENVIRONMENT, check=True)
     length = time.monotonic() - started
-    chooser, kills, streams = random.Random(0), 0, 0
+    chooser, kills, runs = random.Random(0), 0, 0
     while kills < 20:
-        streams += 1
-        root = copy_of(expected, tmp_path / f"killed{streams}")
+        runs += 1
+        root = copy_of(expected, tmp_path / f"killed{runs}")
         while not list(root.glob("runs/*/result.json")):
-            process = subprocess.Popen([*command, root, method], env=ENVIRONMENT)
+            process = subprocess.Popen([*command, root, METHOD], env=ENVIRONMENT)
             try:
                 assert process.wait(timeout=chooser.uniform(0.3, 1.1) * length) == 0
             except subprocess.TimeoutExpired:

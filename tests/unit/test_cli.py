@@ -1,48 +1,186 @@
-"""What a newcomer meets: the help and the Tab key."""
+"""The command line: help, completion, usage errors, and every command on a tiny run."""
 
+import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from gainlora import __version__
 from gainlora.__main__ import main
+from gainlora.cli import app
 from tests.pages import ROOT
+from tests.tiny import tiny_llama, tiny_params
 
-COMPLETE = """
-eval "$(register-python-argcomplete gainlora)"
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMP_TYPE=9
-_python_argcomplete gainlora
-printf '%s\\n' "${COMPREPLY[@]}"
-"""
+COMMANDS = typer.main.get_command(app).commands
+ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8"}
 
 
-def test_help_lists_every_command_once(capsys):
-    with pytest.raises(SystemExit):
-        main(["nonsense"])
-    known = [name.strip(" ',)\n") for name in capsys.readouterr().err.rpartition("choose from ")[2].split(",")]
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    listed = [line.split()[0] for line in lines if line.startswith("  ") and line[2] not in " -" and "  " in line[3:]]
-    assert [name for name in listed if name != "gainlora"] == known and len(known) > 5
-    assert max(map(len, lines)) <= 120
+def test_help_lists_every_command_and_describes_every_option():
+    shown = CliRunner().invoke(app, []).output
+    assert shown == CliRunner().invoke(app, ["--help"]).output and max(map(len, shown.splitlines())) <= 110
+    assert re.findall(r"^  ([a-z]+)", shown.partition("COMMAND")[2], re.MULTILINE) == list(COMMANDS)
+    for name, command in COMMANDS.items():
+        assert command.help and all(parameter.help for parameter in command.params), name
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+    assert CliRunner().invoke(app, ["--version"]).output == f"gainlora {__version__}\n"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from gainlora.__main__ import main; main(['--help']); main(['run', '--help'])\n"
+    code += "print({'torch', 'transformers', 'mlflow', 'prefect', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def test_the_package_never_imports_the_flows():
+    for file in (ROOT / "gainlora").rglob("*.py"):
+        assert "flows" not in {
+            words[1].partition(".")[0]
+            for line in file.read_text().splitlines()
+            if (words := line.split())[:1] in (["from"], ["import"])
+        }, file
+
+
+USAGE = [
+    ["nonsense"], ["run"], ["run", "tiny", "more"], ["run", "tiny", "--seed", "x"], ["run", "tiny", "--set"],
+    ["run", "tiny", "--set", "seed"], ["run", "tiny", "--set", "=1"], ["run", "tiny", "--set", "seed=["],
+    ["run", "tiny", "--set", "seed={a: 1, a: 2}"], ["run", "tiny", "--set", "seed=" + "[" * 500],
+    ["run", "tiny", "--nonsense"], ["run", "tiny", "--seed", "1", "--seed", "2"], ["run", "tiny", "--queue", "--queue"],
+    ["compare"], ["compare", "tiny", "--methods"], ["fetch"], ["fetch", "nonsense"], ["fetch", "embedded", "--from"],
+    ["sweep", "tiny", "--seeds", "a"], ["sweep", "tiny", "--jobs", "0"], ["forget", "x"], ["promote", "x"],
+    ["results"], ["predict"], ["predict", "x"], ["predict", "x", "y", "z"], ["predict", "x", "y", "--file", "z"],
+    ["predict", "x", "y", "--batch-size", "many"], ["predict", "x", "y", "--batch-size", "0"], ["export", "x"],
+    ["merge", "x"], ["push", "x"], ["register"], ["report", "--nonsense"], ["repair"], ["repair", "x", "y"],
+    ["repair", "x", "--from-task", "first"], ["rerun"], ["learn"], ["rollback"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", USAGE, ids=lambda words: " ".join(words)[:40])
+def test_wrong_usage(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2 and not list(tmp_path.iterdir())
+    out, err = capsys.readouterr()
+    assert out == "" and "Error: " in err
 
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        (["re"], {"repair", "rerun", "report", "results"}),
-        (["run", "embed"], {"embedded "}),
-        (["run", "embedded", "--method", "gainlora-o"], {"gainlora-olora "}),
-        (["run", "embedded", "--model", "llama-3"], {"llama-3-8b "}),
-        (["compare", "embedded", "--methods", "seqlora,gainlora-infl"], {"seqlora,gainlora-inflora "}),
+        (["re"], {"report", "results", "repair", "rerun", "register"}),
+        (["run", "embed"], {"embedded"}),
+        (["run", "embedded", "--method", "gainlora-o"], {"gainlora-olora"}),
+        (["run", "embedded", "--model", "llama-3"], {"llama-3-8b"}),
+        (["compare", "embedded", "--methods", "seqlora,gainlora-infl"], {"seqlora,gainlora-inflora"}),
         (["run", "embedded", "--set", "train.ep"], {"train.epochs="}),
+        (["forget", "lat"], {"latest"}),
     ],
 )
-def test_the_tab_key_in_bash(typed, expected, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
-    command = ["bash", "-c", COMPLETE, "bash", "gainlora", *typed]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    offered = done.stdout.splitlines()
-    assert expected <= set(offered) and len(offered) < 8, done.stderr
+def test_the_tab_key(typed, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = " ".join(["gainlora", *typed])
+    asked = {"_GAINLORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(typed))}
+    offered = CliRunner().invoke(app, [], env=asked, prog_name="gainlora").output.split()
+    assert set(offered) == expected
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.delitem(sys.modules, "mlflow.exceptions", raising=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert main(["register", "run"]) == 1
+    assert capsys.readouterr().err == "error: register needs mlflow: pip install 'gainlora[mlops]'\n"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A project in which order `tiny` has been learned once, and what that printed."""
+    root = tmp_path_factory.mktemp("project")
+    tiny_llama(root / "base")
+    tiny_params(root, "base", count=2, promote__min_gain=None, promote__max_general_loss=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        return root, CliRunner().invoke(app, ["run", "tiny"])
+
+
+@pytest.fixture
+def project(learned, monkeypatch):
+    monkeypatch.chdir(learned[0])
+    return learned[0]
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
+
+
+def test_run_prints_a_line_for_each_task_and_nothing_of_other_libraries(learned):
+    lines = learned[1].output.splitlines()
+    (name,) = [path.parent.name for path in learned[0].glob("runs/*/result.json")]
+    assert lines[0] == f"runs/{name}: 2 tasks" and learned[1].exit_code == 0
+    lines = [line for line in lines if not line.startswith("note: task")]  # the tiny model may learn nothing
+    assert [line.split(" | ")[0] for line in lines[1:3]] == ["task 1/2 task1", "task 2/2 task2"]
+    assert lines[3].startswith("AP ") and lines[4].startswith("promoted: ") and len(lines) == 5
+
+
+def test_the_same_run_again_learns_nothing(project):
+    before = {path: path.stat().st_mtime_ns for path in project.glob("runs/*/task_*/*")}
+    again = run("run", "tiny")
+    assert "finished before" in again[1] and "finished before" in again[2]
+    assert before == {path: path.stat().st_mtime_ns for path in project.glob("runs/*/task_*/*")}
+
+
+def test_runs_and_results(project):
+    head, *rows = run("runs")
+    assert head.split() == ["run", "order", "method", "seed", "tasks", "AP", "FT", "state"]
+    assert rows[0].split()[1:5] == ["tiny", "gainlora-inflora", "1", "2"] and rows[0].endswith("finished")
+    (file,) = run("results", "latest", "--out", "out", "--label", "x")
+    assert json.loads(Path(file).read_text())["label"] == "x"
+    assert run("report", file, "--out", "page") == ["page/index.html"]
+
+
+def test_predict_by_the_beginning_of_a_name(project):
+    (answer,) = run("predict", "tiny", "w1 w2\nOutput: ")[:1]
+    lines = [{"text": "w1"}, {"text": "w2", "task": "task1"}]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [json.loads(line) for line in run("predict", "latest", "--file", "in.jsonl")]
+    assert [{**row, "answer": ""} for row in found] == [{**line, "answer": ""} for line in lines]
+    assert isinstance(answer, str)
+
+
+def test_params_yaml_is_read_once(project, monkeypatch):
+    import gainlora.config as config
+
+    count, read = [], config.read_yaml
+    monkeypatch.setattr(config, "read_yaml", lambda path, *remedies: count.append(path.name) or read(path, *remedies))
+    run("run", "tiny")
+    run("sweep", "tiny", "--methods", "seqlora,olora", "--seeds", "1,2", "--list")
+    run("compare", "tiny", "--methods", "gainlora-inflora")
+    assert count == ["params.yaml"] * 3
+
+
+def test_left_out_tasks_are_named(project):
+    lines = run("run", "tiny", "--skip-incomplete", "--set", "order.tasks=[task1, gone]", "--method", "seqlora")
+    assert "note: 1 of 2 tasks left out, as their files are missing: gone" in lines
+
+
+def test_promotion_by_hand_and_back(project):
+    run("run", "tiny", "--method", "seqlora")
+    run("run", "tiny", "--method", "olora")
+    lines = run("promote", "tiny-olora", "--reason", "reviewed")
+    assert lines == ["promoted by hand: reviewed"]
+    assert "champion of tiny: version" in run("rollback", "tiny")[-1]
+
+
+def test_logging_of_other_libraries_stays_quiet(project, capfd):
+    main(["runs"])
+    logging.getLogger("httpx").warning("a line between ours")
+    assert "between ours" not in capfd.readouterr().err

@@ -1,36 +1,25 @@
-"""params.yaml: every knob is there, wrong values are refused by name."""
+"""params.yaml holds the defaults, layers override each other in order, and wrong values are refused by name."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from gainlora import rules
-from gainlora.config import Config, from_dict
+from gainlora.config import RunConfig, Settings, load_config, load_settings, order_names, read_params
 from gainlora.errors import GainLoRAError
-from gainlora.params import load_config, order_names
+from gainlora.sections import Section
 
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "params.yaml"
+ENTRY = {"data": "d", "template": "superni", "metric": "rouge_l", "tasks": ["a"]}
 
 
-def test_params_yaml_holds_every_option_and_nothing_else():
+def test_params_yaml_documents_every_option_with_its_default():
     raw = yaml.safe_load(PARAMS.read_text())
-    for field in dataclasses.fields(Config):
-        if field.name == "order":
-            continue
-        inner = field.default_factory if field.default_factory is not dataclasses.MISSING else None
-        if inner is not None:
-            assert set(raw[field.name]) == {f.name for f in dataclasses.fields(inner)}
-        else:
-            assert field.name in raw
-    for line in PARAMS.read_text().split("\nmodels:")[0].splitlines():  # and says what each one does
-        if line.startswith("  ") and not line.lstrip().startswith("#"):
-            documented = "#" in line or line.split(":")[0].strip() in {
-                "rank", "learning_rate", "epochs", "weight_decay", "gradient_checkpointing", "batch_size", "num_beams",
-            }  # fmt: skip
-            assert documented, line
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items() if name != "order"}
+    expected = {k: v.model_dump(mode="json") if isinstance(v, Section) else v for k, v in defaults.items()}
+    assert {k: v for k, v in raw.items() if k not in ("models", "protocols", "orders")} == expected
     models = PARAMS.read_text().split("\nmodels:")[1].split("\norders:")[0]
     for line in models.splitlines():  # each value says where it comes from
         key, _, value = line.partition(":")
@@ -41,16 +30,25 @@ def test_params_yaml_holds_every_option_and_nothing_else():
 def test_every_order_loads_and_round_trips():
     assert order_names(PARAMS) == ["embedded", "order1", "order2", "order3", "order4"]
     for order in order_names(PARAMS):
-        config = load_config(order, PARAMS)
-        assert from_dict(config.to_dict()) == config
+        config = load_config(order, params=PARAMS)
+        assert RunConfig.from_stored(config.learning()) == config
+        assert not set(config.learning()) & set(Settings.model_fields)
 
 
-def test_overrides_win():
-    changed = load_config("order1", PARAMS, {"train.learning_rate": 5e-4, "method": "seqlora"})
-    assert (changed.train.learning_rate, changed.method, changed.gated) == (5e-4, "seqlora", False)
-    assert load_config("order1", PARAMS).train.learning_rate == 3e-4
-    # what is learned does not depend on the number of processes
-    assert load_config("order1", PARAMS, {"launch.num_processes": 2}) == load_config("order1", PARAMS)
+def test_a_stored_run_gets_the_defaults_of_options_that_it_is_older_than():
+    stored = load_config("embedded", {"train.epochs": 3}, PARAMS).learning()
+    del stored["train"]["checkpoint_every"], stored["gate"]
+    assert RunConfig.from_stored(stored) == load_config("embedded", {"train.epochs": 3}, PARAMS)
+    for constrained, key in ((True, "orthogonal"), (False, "open")):  # renamed
+        config = load_config("embedded", {"gate.initial_key": key}, PARAMS)
+        recorded = config.learning()
+        del recorded["gate"]["initial_key"]
+        recorded["gate"]["constrain_init"] = constrained
+        assert RunConfig.from_stored(recorded) == config
+    del stored["data"]["truncate"]  # an option whose default is not what runs did before it
+    assert RunConfig.from_stored(stored).data.truncate == "start"
+    with pytest.raises(GainLoRAError, match=r"train\.x: unknown option"):
+        RunConfig.from_stored({**stored, "train": {"x": 1}})
 
 
 # model, order: rank, epochs, learning rate, batch, alpha, gate width, prompt tokens, dtype, blocks
@@ -67,7 +65,7 @@ PUBLISHED = [
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda p: "-".join(p[:2]))
 def test_a_model_brings_its_hyperparameters(published):
     model, order, *expected = published
-    c = load_config(order, PARAMS, {"model.name": model})
+    c = load_config(order, {"model.name": model}, PARAMS)
     found = [c.lora.rank, c.train.epochs, c.train.learning_rate, c.train.batch_size, c.lora.alpha, c.gate.hidden]
     assert [*found, c.data.max_prompt_tokens, c.model.dtype, c.subspace.covariance_blocks] == expected
     assert (c.subspace.threshold, c.subspace.gate_threshold, c.data.max_target_tokens) == (0.995, 0.995, 50)
@@ -75,44 +73,93 @@ def test_a_model_brings_its_hyperparameters(published):
     assert c.model.name == model and c.model.location.split("/")[0] in ("google-t5", "google", "meta-llama")
 
 
-def test_models_overlay_only_what_they_name():
-    assert load_config("order1", PARAMS).model.name == "t5-large"
-    small = load_config("order1", PARAMS, {"model.name": "smollm2-135m"})
-    assert (small.lora.rank, small.train.learning_rate, small.model.location) == (8, 1e-3, "smollm2-135m")
-    mine = load_config("order1", PARAMS, {"model.name": "someone/else", "lora.rank": 3})
-    assert (mine.model.location, mine.lora.rank) == ("someone/else", 3)
-    assert load_config("order1", PARAMS, {"lora.rank": 3}).lora.rank == 3  # overrides win over models
+# order, model, protocol: truncate, references, validation, keep, epochs, epochs of mnli, note
+PROTOCOLS = [
+    ("order3", "t5-large", "corrected", "end", "sampled", "auto", "best", 10, 10, ""),
+    ("order4", "t5-xl", "published", "end", "sampled", 0, "last", 5, 10, ""),
+    ("order1", "t5-large", "published", "end", "sampled", 0, "last", 100, 100, "selection on test not reproduced"),
+    ("order2", "llama-3-8b", "corrected", "start", "sampled", "auto", "best", 50, 50, ""),
+    ("order1", "smollm2-135m", "corrected", "input", "sampled", "auto", "best", 1, 1, ""),
+    ("order1", "t5-large", None, "input", "all", 0, "last", 100, 100, ""),
+    ("embedded", "smollm2-135m", None, "input", "all", 0, "last", 1, 1, ""),
+]
+
+
+@pytest.mark.parametrize("expected", PROTOCOLS, ids=lambda p: "-".join(map(str, p[:3])))
+def test_protocols(expected):
+    order, model, protocol, *values, note = expected
+    c = load_config(order, {"model.name": model, "data.protocol": protocol}, PARAMS)
+    found = [c.data.truncate, c.data.references, c.data.validation, c.train.keep, c.train.epochs, c.epochs("mnli", 999)]
+    assert found == values and c.data.protocol == protocol and c.note.endswith(note) and bool(c.note) == bool(note)
+    if order == "order3":
+        assert load_config(order, params=PARAMS) == c  # the default of the paper's orders
+        mine = {"data.protocol": "published", "train.epochs": 2, "train.task_epochs.cb": 3, "data.references": "all"}
+        c = load_config(order, mine, PARAMS)  # what is asked for wins
+        assert [c.epochs(task, 999) for task in ("yelp", "mnli", "cb")] == [2, 2, 3] and c.data.references == "all"
+
+
+def test_later_layers_win():
+    """Sections < models.<name> < models.<name>.<template> < order.settings < overrides."""
+    params = {"train": {"epochs": 2, "batch_size": 2}, "lora": {"rank": 2, "alpha": 2.0}, "seed": 2}
+    params["models"] = {"m": {"lora.rank": 3, "train.epochs": 3, "superni": {"train.epochs": 4, "gate.hidden": 4}}}
+    params["orders"] = {"o": {**ENTRY, "settings": {"model.name": "m", "gate.hidden": 5, "train.weight_decay": 0.5}}}
+    before = yaml.safe_dump(params)
+    c = load_config("o", {"train.weight_decay": 0.6}, params)
+    assert (c.train.batch_size, c.lora.rank, c.train.epochs, c.gate.hidden, c.train.weight_decay) == (2, 3, 4, 5, 0.6)
+    other = load_config("o", {"model.name": "x", "order.template": "long_sequence"}, params)
+    assert (other.lora.rank, other.train.epochs, other.seed) == (2, 2, 2)
+    long = load_config("o", {"order.template": "long_sequence"}, params)
+    assert (long.train.epochs, long.gate.hidden) == (3, 5)
+    assert yaml.safe_dump(params) == before  # read once, used for several runs
+
+
+def test_the_number_of_processes_is_not_part_of_what_is_learned():
+    two = load_config("embedded", {"launch.num_processes": 2}, PARAMS)
+    assert two.launch.num_processes == 2 and two.learning() == load_config("embedded", params=PARAMS).learning()
+
+
+def test_a_copy_with_other_options_is_checked():
+    config = load_config("embedded", params=PARAMS)
+    longer = config.with_options({"order.tasks": [*config.order.tasks, "more"], "subspace.horizon": 4})
+    assert (longer.order.tasks[-1], longer.subspace.horizon, longer.train) == ("more", 4, config.train)
+    assert config.with_options({"train.task_epochs.a.b": 3}).epochs("a.b", 4) == 3
+    with pytest.raises(GainLoRAError, match=r"train\.epochs: got 0, expected 1 or more"):
+        config.with_options({"train.epochs": 0})
+
+
+def test_settings_of_commands_on_an_existing_run(tmp_path):
+    assert load_settings(tmp_path / "params.yaml") == Settings()
+    path = tmp_path / "params.yaml"
+    path.write_text("report: {decimals: 3}\ntracking:\nseed: of no interest here\n")
+    settings = load_settings(path)
+    assert (settings.report.decimals, settings.tracking.experiment) == (3, "gainlora")
+    path.write_text("report: {decimal: 3}")
+    with pytest.raises(GainLoRAError, match=r"report\.decimal: unknown option; did you mean 'decimals'"):
+        load_settings(path)
 
 
 def test_the_papers_orders():
-    tasks = [set(load_config(f"order{k}", PARAMS).order.tasks) for k in (1, 2, 3, 4)]
-    assert tasks[0] == tasks[1] and tasks[2] == tasks[3] and all(len(names) == 15 for names in tasks)
-    published = Path(__file__).parents[3] / "shared" / "paper" / "orders.yaml"
-    if published.exists():
-        orders = yaml.safe_load(published.read_text())["orders"]
-        for k in (1, 2, 3, 4):
-            assert list(load_config(f"order{k}", PARAMS).order.tasks) == orders[f"order{k}"]["tasks"]
+    tasks = [load_config(f"order{k}", params=PARAMS).order.tasks for k in (1, 2, 3, 4)]
+    assert set(tasks[0]) == set(tasks[1]) and set(tasks[2]) == set(tasks[3]) and all(len(t) == 15 for t in tasks)
 
 
-def test_an_order_of_ones_own(tmp_path):
+def test_an_order_of_ones_own(tmp_path, monkeypatch):
     mine = tmp_path / "mine.yaml"
-    entry = {"data": "d", "template": "superni", "metric": "rouge_l", "tasks": ["b", "a"]}
-    mine.write_text(yaml.safe_dump({**entry, "settings": {"train.epochs": 3}}))
-    config = load_config(str(mine), PARAMS)
+    mine.write_text(yaml.safe_dump({**ENTRY, "tasks": ["b", "a"], "settings": {"train.epochs": 3}}))
+    config = load_config(str(mine), params=PARAMS)
     assert (config.order.name, config.order.tasks, config.train.epochs) == ("mine", ("b", "a"), 3)
-    large = load_config(str(mine), PARAMS, {"model.name": "t5-large"})
-    assert (large.train.epochs, large.lora.rank) == (3, 4)  # the order's own settings win over the model's
-    long = load_config(str(mine), PARAMS, {"model.name": "t5-large", "order.template": "long_sequence"})
-    assert long.lora.rank == 8
-    with pytest.raises(GainLoRAError, match=r"absent\.yaml: no such file; name an order"):
-        load_config("absent.yaml", PARAMS)
+    large = load_config(str(mine), {"model.name": "t5-large"}, PARAMS)
+    assert (large.train.epochs, large.lora.rank) == (3, 4)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine.yaml") == config  # without a params.yaml the defaults hold
     taken = tmp_path / "order1.yaml"
     taken.write_text("")
-    with pytest.raises(GainLoRAError, match="has an order 'order1' already"):
-        load_config(str(taken), PARAMS)
-    mine.write_text(yaml.safe_dump(["a", "b"]))
-    with pytest.raises(GainLoRAError, match=r"mine\.yaml: holds list"):
-        load_config(str(mine), PARAMS)
+    for order, message in (
+        ("absent.yaml", r"absent\.yaml: no such file; name an order"),
+        ("order1.yaml", "has an order 'order1' already"),
+    ):
+        with pytest.raises(GainLoRAError, match=message):
+            load_config(order, params=PARAMS)
 
 
 def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
@@ -121,81 +168,117 @@ def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
     gated = {m.removeprefix("gainlora-") for m in rules.methods() if m.startswith("gainlora-")}
     assert found - gated == {"seqlora", "ewc", "slao", "single", "multitask"}
     for method in rules.methods():
-        assert load_config("embedded", PARAMS, {"method": method}).rule is rules.get(method)
+        assert load_config("embedded", {"method": method}, PARAMS).rule is rules.get(method)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
-        ({"method": "gainlora-seqlora"}, "gates cannot weigh the branches of 'seqlora'"),
-        ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
-        ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
-        ({"method.x": 1}, "'method' holds a value"),
-        ({"model.name": ["a"]}, "model.name: got ['a'], expected text"),
-        ({"train": {"epochs": 2}}, "'train' is a section; set its options one by one"),
-        ({"tracking.uri": "x"}, "tracking.uri: is set in"),
-        ({"launch.processes": 2}, "launch.processes: unknown option"),
-        ({"launch.num_processes": 0}, "launch.num_processes: 0 is too small"),
-        ({"launch.num_processes": 5}, "launch.num_processes: 5 cannot share the 4 examples of train.batch_size"),
-        ({"launch.num_processes": 2, "model.device_map": "auto"}, "2 processes cannot each use all GPUs"),
-        ({"launch.config": "fsdp.yaml"}, "launch.config: fsdp.yaml is for several processes"),
-        ({"launch.config": "none.yaml", "launch.num_processes": 2}, "launch.config: none.yaml: no such file"),
-        ({"order.name": "../x"}, "'../x' is no name of an order or task"),
-        ({"order.data": ""}, "order.data: empty"),
-        ({"train.weight_decay": float("inf")}, "train.weight_decay: inf must be finite"),
-        ({"train.penalty_weight": -1}, "train.penalty_weight: -1.0 must be finite and not negative"),
-        ({"seed": "x"}, "seed: got 'x', expected a whole number"),
-        ({"seed": -1}, "seed: -1 is too small"),
-        ({"seed": True}, "seed: got True"),
-        ({"lora.rank": 0}, "lora.rank: 0 is too small"),
-        ({"lora.rank": 2.5}, "lora.rank: got 2.5"),
-        ({"lora.targets": "q"}, "lora.targets: got 'q', expected a list"),
-        ({"gate.score": "dot"}, "gate.score: 'dot' is not one of cosine, linear"),
-        ({"subspace.threshold": 1.2}, "subspace.threshold: 1.2 is no share"),
-        ({"subspace.gate_threshold": 0}, "subspace.gate_threshold: 0.0 is no share"),
-        ({"train.learning_rate": float("nan")}, "train.learning_rate: nan must be"),
-        ({"train.micro_batch_size": 3}, "train.micro_batch_size: 3 does not divide"),
-        ({"order.tasks": []}, "tasks: empty"),
-        ({"order.tasks": ["a", "a"]}, "'a' appears more than once"),
-        ({"order.tasks": ["../x"]}, "'../x' is no name of an order or task"),
-        ({"order.metric": "bleu"}, "order.metric: 'bleu' is not one of"),
-    ],
-)
-def test_contradictions_are_refused_by_name(options, message):
+REFUSED = [
+    ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
+    ({"method": "gainlora-seqlora"}, "nothing can weigh the branches of 'seqlora' by the prompt"),
+    ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
+    ({"gate.constrain_init": False}, "gate.constrain_init: is now gate.initial_key: orthogonal for true, open for"),
+    ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
+    ({"method.x": 1}, "'method' holds a value"),
+    ({".": 1}, "'.' is no option; write <section>.<name>"),
+    ({"model.name": ["a"]}, "model.name: got ['a'], expected text"),
+    ({"model.name": ""}, "model.name: got '', expected text that is not empty"),
+    ({"model.dtype": "float16"}, "model.dtype: got 'float16', expected 'auto', 'float32' or 'bfloat16'"),
+    ({"train": {"epochs": 2}}, "'train' is a section; set its options one by one"),
+    ({"tracking.uri": "x"}, "tracking.uri: is set in"),
+    ({"launch.processes": 2}, "launch.processes: unknown option"),
+    ({"launch.num_processes": 0}, "launch.num_processes: got 0, expected 1 or more"),
+    ({"launch.num_processes": 5}, "launch.num_processes: 5 cannot share the 4 examples of train.batch_size"),
+    ({"launch.num_processes": 2, "model.device_map": "auto"}, "2 processes cannot each use all GPUs"),
+    ({"launch.config": "fsdp.yaml"}, "launch.config: fsdp.yaml is for several processes"),
+    ({"launch.config": "none.yaml", "launch.num_processes": 2}, "launch.config: none.yaml: no such file"),
+    ({"seed": "x"}, "seed: got 'x', expected a whole number"),
+    ({"seed": -1}, "seed: got -1, expected 0 or more"),
+    ({"seed": True}, "seed: got True, expected a whole number"),
+    ({"seed": 2**63 - 1}, "expected less than 4294967296"),
+    ({"lora.rank": 2.5}, "lora.rank: got 2.5, expected a whole number"),
+    ({"lora.targets": "q"}, "lora.targets: got 'q', expected a list"),
+    ({"gate.score": "dot"}, "gate.score: got 'dot', expected 'cosine' or 'linear'"),
+    ({"gate.depth": 10**6}, "gate.depth: got 1000000, expected 64 or less"),
+    ({"evaluate.num_beams": 10**6}, "evaluate.num_beams: got 1000000, expected 256 or less"),
+    ({"data.validation": "some"}, "data.validation: got 'some', expected 'dev' or 'auto' or a number"),
+    ({"data.validation": 1.5}, "data.validation: got 1.5, expected 'dev' or 'auto' or less than 1"),
+    ({"data.protocol": "new"}, "data.protocol: PARAMS has no 'new' under protocols; known: corrected, published"),
+    ({"train.keep": "best"}, "train.keep: best needs validation examples"),
+    ({"train.task_epochs.news_topic": 0}, "train.task_epochs.news_topic: got 0, expected 1 or more"),
+    (
+        {"train.task_epochs.news_topc": 2},
+        "train.task_epochs.news_topc: no task of order embedded; did you",
+    ),
+    ({"subspace.threshold": 1.2}, "subspace.threshold: got 1.2, expected 1"),
+    ({"subspace.gate_threshold": 0}, "subspace.gate_threshold: got 0, expected a number above 0"),
+    ({"train.learning_rate": float("nan")}, "train.learning_rate: got nan, expected a finite number"),
+    ({"train.weight_decay": float("inf")}, "train.weight_decay: got inf, expected a finite number"),
+    ({"train.penalty_weight": -1}, "train.penalty_weight: got -1, expected 0"),
+    ({"train.micro_batch_size": 3}, "train.micro_batch_size: 3 does not divide"),
+    ({"order.data": ""}, "orders.embedded.data: got '', expected text that is not empty"),
+    ({"order.tasks": []}, "orders.embedded.tasks: empty"),
+    ({"order.tasks": ["a", "a"]}, "'a' appears more than once"),
+    ({"order.tasks": ["../x"]}, "'../x' cannot name an order or a task"),
+    ({"order.name": "../x"}, "'../x' cannot name an order or a task"),
+    ({"order.metric": "bleu"}, "orders.embedded.metric: got 'bleu', expected"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_wrong_options_are_refused_by_name(options, message):
     with pytest.raises(GainLoRAError) as error:
-        load_config("embedded", PARAMS, options)
-    assert message in str(error.value)
+        load_config("embedded", options, PARAMS)
+    assert message.replace("PARAMS", str(PARAMS)) in str(error.value)
 
 
-def test_bad_files_are_refused(tmp_path):
+FILES = [
+    ("a: [", "not valid YAML"),
+    ("- a", "holds list"),
+    ("seed: 1", "'orders' is missing"),
+    ("orders: {a: {data: d}}", "no order 'o'"),
+    ("orders: {1: {}}", "no order 'o'; known: 1"),
+    ("orders: {o: null}", "orders.o: expected data"),
+    ("orders: {o: {settings: [1]}}", "orders.o: expected data"),
+    ("orders: {o: {data: d}}", "orders.o.template: missing"),
+    ("models: [x]\norders: {o: {}}", "models: got ['x']"),
+    ("model: {name: m}\nmodels: {m: 3}\norders: {o: {}}", "models.m: expected options"),
+    ("model: {name: m}\nmodels: {m: {superni: 3}}\norders: {o: {}}", "models.m: expected options"),
+    ("model: smollm\nORDER", "model: got 'smollm', expected a section"),
+    ("report: {decimals: x}\nORDER", "report.decimals: got 'x', expected a whole number"),
+    ("report: {decimal: 1}\nORDER", "report.decimal: unknown option; did you mean 'decimals'"),
+    ("report: {dpi: 0}\nORDER", "report.dpi: got 0, expected 20 or more"),
+    ("promote: {max_forgetting: .nan}\nORDER", "promote.max_forgetting: got nan, expected a finite number"),
+    ("tracking: x\nORDER", "tracking: got 'x', expected a section"),
+    ("tracking: {uri: 'http://me:s3cret@host'}\nORDER", "MLFLOW_TRACKING_PASSWORD"),
+    ("tracking: {uri: 'postgresql://me:s3cret@host/db'}\nORDER", "~/.pgpass"),
+    ("tracking: {uri: 'postgresql://host/db?password=s3cret'}\nORDER", "~/.pgpass"),
+    ("tracking: {uri: 'foo://s3cret@bar'}\nORDER", "'foo://...@bar': no address of an MLflow store"),
+    ("tracking: {uri: 'http://[s3cret'}\nORDER", "tracking.uri: no address"),
+    ("seed: 010\nORDER", "seed: got '010', expected a whole number"),  # YAML 1.1: 8
+    ("seed: 1:30\nORDER", "seed: got '1:30', expected a whole number"),  # YAML 1.1: 90
+    ("seed: 1_0\nORDER", "seed: got '1_0', expected a whole number"),  # YAML 1.1: 10
+    ("seed: on\nORDER", "seed: got 'on', expected a whole number"),  # YAML 1.1: true
+    ("data: {skip_incomplete: yes}\nORDER", "data.skip_incomplete: got 'yes', expected true or false"),
+    ("seed: null\nORDER", "seed: got None, expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES, ids=lambda text: text[:40])
+def test_wrong_files_are_refused(tmp_path, text, message):
     path = tmp_path / "params.yaml"
+    path.write_text(text.replace("ORDER", yaml.safe_dump({"orders": {"o": ENTRY}})))
+    with pytest.raises(GainLoRAError) as error:
+        load_config("o", params=path)
+    assert message in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_plain_yaml_words_are_text_and_numbers_are_numbers(tmp_path):
+    path = tmp_path / "params.yaml"
+    order = "orders: {o: {data: yes, template: superni, metric: rouge_l, tasks: [no, 010]}}"
+    path.write_text("train: {learning_rate: 1e-3}\nlora: {targets: [no, on]}\n" + order)
+    config = load_config("o", params=path)
+    assert (config.train.learning_rate, config.lora.targets, config.order.tasks) == (1e-3, ("no", "on"), ("no", "010"))
+
+
+def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(GainLoRAError, match="not found; run from"):
-        load_config("embedded", path)
-    for text, message in (
-        ("a: [", "not valid YAML"),
-        ("- a", "holds list"),
-        ("seed: 1", "'orders' is missing"),
-        ("orders: {a: {data: d}}", "no order 'embedded'"),
-    ):
-        path.write_text(text)
-        with pytest.raises(GainLoRAError, match=message):
-            load_config("embedded", path)
-    for text, message in (
-        ("orders: {embedded: null}", "orders.embedded: expected data"),
-        ("orders: {embedded: {settings: [1]}}", "orders.embedded: expected data"),
-        ("report: {decimals: x}\norders: {embedded: {}}", "report.decimals: got 'x'"),
-        ("report: {dpi: 0}\norders: {embedded: {}}", "report.dpi: 0 is out of range"),
-        ("tracking: x\norders: {embedded: {}}", "tracking: got 'x'"),
-        ("orders: {1: {}}", "no order 'embedded'; known: 1"),
-        ("model: smollm\norders: {embedded: {data: d, template: superni, metric: rouge_l, tasks: [a]}}", "model: got"),
-        ("models: [x]\norders: {embedded: {}}", "models: got \\['x'\\]"),
-        ("model: {name: m}\nmodels: {m: 3}\norders: {embedded: {}}", "models.m: expected options"),
-        ("model: {name: m}\nmodels: {m: {superni: 3}}\norders: {embedded: {}}", "models.m: expected options"),
-    ):
-        path.write_text(text)
-        with pytest.raises(GainLoRAError, match=message):
-            load_config("embedded", path)
-    path.write_text("orders: {embedded: {data: d}}")
-    with pytest.raises(GainLoRAError, match=r"order\.template: missing"):
-        load_config("embedded", path)
+        read_params(tmp_path / "params.yaml")

@@ -1,7 +1,7 @@
 """Sharing the work of a step: among micro-batches, among processes (tests/integration), with other dtypes and hooks."""
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from accelerate import dispatch_model
 from gainlora import distributed
 from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
-from gainlora.learning import stream as stream_module
+from gainlora.runs import loading
+from tests.runs import copy_of, create, learn
 from tests.tiny import tiny_llama, tiny_params, tiny_t5
-from tests.unit.test_stream import learn
 
 KINDS = {"llama": tiny_llama, "t5": lambda folder: tiny_t5(folder, dropout_rate=0.0)}
 
@@ -32,7 +32,7 @@ def test_every_item_counts_once_and_all_processes_have_as_many(monkeypatch, proc
     for process in range(processes):
         monkeypatch.setattr(distributed, "count", lambda: processes)
         monkeypatch.setattr(distributed, "index", lambda process=process: process)
-        shares.append(distributed.share(list(range(items))))
+        shares.append(distributed.split(list(range(items))))
     assert sorted(item for share in shares for item, counts in share if counts) == list(range(items))
     assert len({len(share) for share in shares}) == 1
 
@@ -60,7 +60,8 @@ def gradients(root, monkeypatch, **options) -> list[torch.Tensor]:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        learn(root, train__max_grad_norm=None, **options)
+        with tempfile.TemporaryDirectory() as folder:  # micro-batches do not name a run: each needs a folder of its own
+            learn(copy_of(root, Path(folder) / "copy"), train__max_grad_norm=None, **options)
     return seen[1]
 
 
@@ -76,19 +77,21 @@ def test_accumulation_and_checkpointing_change_no_gradient(root, monkeypatch):
 def test_a_base_in_bfloat16_trains(root):
     """With accumulation and checkpointing, too: the loss falls, and what is learned is float32."""
     options = {"train__micro_batch_size": 2, "train__gradient_checkpointing": True, "train__epochs": 8}
-    stream = learn(root, model__dtype="bfloat16", train__learning_rate=0.03, method="gainlora-inclora", **options)
-    lines = (stream.task_folder(1) / "train.jsonl").read_text().splitlines()
+    method = {"train__learning_rate": 0.03, "method": "gainlora-inclora"}
+    with create(root, model__dtype="bfloat16", **method, **options) as run:
+        run.seal(1)
+        assert run._learner.model.base.dtype == torch.bfloat16
+    lines = (run.task_folder(1) / "train.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert stream._model()[0].base.dtype == torch.bfloat16
 
 
 def test_a_base_that_accelerate_dispatched_learns_the_same(root, tmp_path_factory, monkeypatch):
     """Its hooks bring inputs to each layer's device; here that is the CPU for all, so every bit is the same."""
     expected = learn(root, model__device_map="auto").task_folder(1)
     again = tmp_path_factory.mktemp("again")
-    shutil.copytree(root, again, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs"))
-    load, dispatched = stream_module.load_base, []
+    again = copy_of(root, again / "copy")
+    load, dispatched = loading.load_base, []
 
     def load_base(*arguments):
         base, tokenizer = load(*arguments)
@@ -96,7 +99,7 @@ def test_a_base_that_accelerate_dispatched_learns_the_same(root, tmp_path_factor
         dispatched.append(dispatch_model(base, parts, force_hooks=True))
         return dispatched[-1], tokenizer
 
-    monkeypatch.setattr(stream_module, "load_base", load_base)
+    monkeypatch.setattr(loading, "load_base", load_base)
     learned = learn(again, model__device_map="auto").task_folder(1)
     assert any(hasattr(module, "_hf_hook") for module in dispatched[0].modules())
     for name in ("adapter_model", "gate", "subspace"):

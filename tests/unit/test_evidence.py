@@ -1,20 +1,18 @@
 """results/: the plan is one that can be run, and what is committed is what the plan says."""
 
 import json
-import statistics
+import re
 from pathlib import Path
 
 import pytest
 
-from flows.plan import Experiment, experiments
-from gainlora.tracking.document import Table
-from gainlora.tracking.gates import branch_roles
-from gainlora.tracking.markdown import markdown_page
-from gainlora.tracking.report import report_blocks
-from gainlora.tracking.results import read_result_file
+from gainlora.config import load_config
+from gainlora.plans import Experiment, experiments
+from gainlora.report.report import report_page
+from gainlora.runs.records import read_result_file
 
 ROOT = Path(__file__).parents[2]
-PLAN = "results/plan.yaml"
+PLAN = Path("results/plan.yaml")
 RESULTS = Path("results")
 
 
@@ -26,15 +24,17 @@ def in_project(monkeypatch):
 def test_methods_of_one_order_differ_in_nothing_but_the_plan_says():
     plan = experiments(plan=PLAN)
     for order in {e.order for e in plan}:
-        configs = [e.config.to_dict() for e in plan if e.order == order and not e.options]
+        configs = [e.config.learning() for e in plan if e.order == order and not e.label]
         assert len({json.dumps({**config, "method": "", "seed": 0}, sort_keys=True) for config in configs}) == 1
 
 
 def test_the_command_says_all_that_the_file_stands_for():
-    e = Experiment("embedded", "gainlora-inflora", 1, "no-init", {"gate.constrain_init": False})
+    options = {"gate.initial_key": "random"}
+    config = load_config("embedded", {"method": "gainlora-inflora", "seed": 1, **options})
+    e = Experiment("embedded", config, "no-init", options)
     assert e.command == [
         *("run", "embedded", "--method", "gainlora-inflora", "--seed", "1"),
-        *("--set", "gate.constrain_init=false"),
+        *("--set", "gate.initial_key=random"),
     ]
     assert e.file(RESULTS) == Path("results/embedded/gainlora-inflora+no-init-smollm2-135m-1.json")
 
@@ -45,7 +45,7 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
         content, e = json.loads(path.read_text()), plan[path]
         assert e.there(RESULTS)
         found = (content["order"], content["method"], content["seed"], content["label"])
-        assert found == (path.parent.name, e.method, e.seed, e.label)
+        assert found == (path.parent.name, e.config.method, e.config.seed, e.label)
         R = content["R"]
         assert content["AP"] == pytest.approx(sum(R[-1]) / len(R), abs=1e-3)
         if content["FT"] is not None:
@@ -55,41 +55,14 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
 
 
 def test_the_readme_shows_what_the_files_say():
-    """Every row of the report's main table stands in README.md, to the digit."""
+    """Every figure of the README's table of results is that of the report's main table, to the digit."""
     runs = [read_result_file(path) for path in sorted(RESULTS.glob("*/*.json"))]
-    table = next(block for block in report_blocks(runs, 1) if isinstance(block, Table))
-    page = markdown_page("", [table])
-    shown = Path("README.md").read_text()
-    for line in page.splitlines():
-        assert not line.startswith("|") or line in shown, line
-
-
-def test_the_readme_s_claims_are_those_of_the_files():
-    """The figures in its prose: the ablation, the gain of gates, coefficients on the own task."""
-    shown = " ".join(Path("README.md").read_text().split())
-    runs = {path.stem: read_result_file(path) for path in Path("results/embedded").glob("*.json")}
-
-    def ablation(label, earlier):
-        run = runs[f"gainlora-inflora{label}-smollm2-135m-42"]
-        found = statistics.fmean(before for _, before, _ in branch_roles(run) if before is not None)
-        assert f"{found:.2f}" == earlier
-        return f"{run.result['AP']:.1f} / {run.result['FT']:.1f} and {earlier}"
-
-    for label, earlier in (("", "0.15"), ("+no-update", "0.79"), ("+no-init", "0.96"), ("+no-init-no-update", "0.96")):
-        assert ablation(label, earlier) in shown
-
-    roles = [branch_roles(runs[f"gainlora-inflora-smollm2-135m-{seed}"]) for seed in (42, 43, 44)]
-    own = [[role[0] for role in run] for run in roles]
-    average, last = statistics.fmean(map(statistics.fmean, own)), statistics.fmean(run[-1] for run in own)
-    assert f"is {average:.2f} on `embedded` ({last:.2f} for the last task)" in shown
-
-    gains: dict[Path, list[float]] = {}
-    for gated in Path("results").glob("*/gainlora-*.json"):
-        equal = gated.with_name(gated.name.removeprefix("gainlora-"))
-        if "+" not in gated.name and "inclora" not in gated.name:
-            AP = [json.loads(path.read_text())["AP"] for path in (gated, equal)]
-            gains.setdefault(gated.with_name(gated.name.rsplit("-", 1)[0]), []).append(AP[0] - AP[1])
-    means, smallest = sorted(map(statistics.fmean, gains.values())), min(map(min, gains.values()))
-    better = f"in {sum(gain > 0 for gain in means)} of the {len(means)} comparisons of `inflora` and `olora`"
-    by = f"the gain was {means[0]:.1f} to {means[-1]:.1f} points of AP (single seeds: from {smallest:.2f})"
-    assert f"{better}; {by}" in shown
+    table = report_page(runs, 1).markdown.partition("## Methods")[2].split("\n\n")[2]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    figures = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    columns = [f"{order} {key}" for order in ("embedded", "long5", "superni5") for key in ("AP", "FT")]
+    rows = re.findall(r"^\| \**([a-z-]+)\b[^|]*((?:\|[^|\n]+){6})\|$", Path("README.md").read_text(), re.MULTILINE)
+    assert {"seqlora", "inflora", "gainlora-inflora"} <= {method for method, _ in rows}
+    for method, cells in (row for row in rows if row[0] in figures):
+        shown = [cell.strip(" *") for cell in cells.split("|")[1:]]
+        assert shown == [figures[method][column] for column in columns], method

@@ -8,11 +8,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gainlora.config import Config, from_dict
+from gainlora.config import RunConfig, load_config
 from gainlora.data.tasks import Task, read_task
 from gainlora.errors import LONGEST, GainLoRAError
-from gainlora.params import load_config
-from gainlora.reading import parse_json, parse_yaml
+from gainlora.io import parse_json, parse_yaml
 
 fuzz = settings(
     max_examples=150,
@@ -85,7 +84,7 @@ def test_valid_tasks_round_trip(tmp_path, definition, examples, ascii_only, mark
     content = {"Definition": [definition], "Instances": [{"input": i, "output": o} for i, o in examples]}
     raw = (mark + json.dumps(content, ensure_ascii=ascii_only)).encode()
     task = read_task(written(tmp_path / "t", raw, raw), "long_sequence", "rouge_l")
-    assert task.definition == definition.strip() and task.train == task.test
+    assert task.instruction == definition.strip() and task.train == task.test
     for (text, answer), example in zip(examples, task.train, strict=True):
         answers = [answer] if isinstance(answer, str) else answer
         assert example.input == text.strip() and list(example.references) == [a.strip() for a in answers]
@@ -93,7 +92,7 @@ def test_valid_tasks_round_trip(tmp_path, definition, examples, ascii_only, mark
 
 
 ORDER = {"data": "d", "template": "superni", "metric": "rouge_l", "tasks": ["a"]}
-PLAIN = json.loads(json.dumps(Config(from_dict({"order": {"name": "o", **ORDER}}).order).to_dict()))
+PLAIN = RunConfig.from_stored({"order": {"name": "o", **ORDER}}).learning()
 PLAIN.pop("order")
 OPTIONS = [f"{section}.{name}" for section, inner in PLAIN.items() if isinstance(inner, dict) for name in inner]
 OPTIONS += ["method", "seed", *PLAIN, "model", "models", "orders", "order", "tracking", "report", "report.dpi"]
@@ -104,11 +103,11 @@ ODD = VALUES | DATES | st.lists(TEXT) | st.dictionaries(NUMBERS | TEXT, VALUES, 
 
 def loads_or_refuses(params: Path, overrides: dict) -> None:
     try:
-        config = load_config("o", params, overrides)
+        config = load_config("o", overrides, params)
     except GainLoRAError as error:
         one_line(error)
     else:
-        assert from_dict(config.to_dict()) == config
+        assert RunConfig.from_stored(config.learning()) == config
 
 
 @fuzz

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.gate import Gate, GateWeights, coefficient, first_hidden, new_key, scores, widths
+from gainlora.model.gate import Gate, GateWeights, coefficient, first_hidden, new_key, random_key, scores, widths
 from gainlora.model.subspace import Covariance, expand_basis
 
 D, HIDDEN = 24, 10
@@ -120,6 +120,9 @@ def test_key_has_the_norm_asked_for_and_gate_sizes_are_the_papers():
     for direction in ("svd", "random"):
         assert new_key(c, torch.zeros(D, 0), None, direction, g).norm() == pytest.approx(math.sqrt(D / 3))
         assert new_key(c, torch.eye(D)[:, :3], 2.0, direction, g)[:3].abs().max() < 1e-6
+    drawn = random_key(4096, None, g)  # as it is drawn its norm is about the same
+    assert drawn.abs().max() <= 1 and drawn.norm() == pytest.approx(math.sqrt(4096 / 3), rel=0.03)
+    assert random_key(D, 2.0, g).norm() == pytest.approx(2.0)
     # Figure 3 of the paper: the gate of T5-Large and of Llama-2-7B
     for d, hidden, count in ((1024, 100, 205_824), (4096, 50, 413_696)):
         shape = widths(d, hidden, 2)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.layers import Branches, GatedLoRALinear, Integration
+from gainlora.model.layers import Branches, GatedLoRALinear, Group, Integration, Weights
+from tests.fake_gpu import FakeGPU
 from tests.tiny import tiny_llama, tiny_t5
 
 
@@ -37,21 +38,30 @@ def test_layer_is_the_sum_over_branches(learning, gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("train_A", [False, True])
-def test_gradients(gated, train_A):
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients(count, gated, train_A):
     g = torch.Generator().manual_seed(0)
 
     def rand(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    x, A, B = rand(2, 3, 6).requires_grad_(), rand(4, 6), rand(5, 4)
-    new_A, new_B = rand(2, 6).requires_grad_(train_A), rand(5, 2).requires_grad_()
-    old, new = rand(2, 1, 4), rand(2, 1, 2).requires_grad_()
+    x, A, Bs = rand(2, 3, 6).requires_grad_(), rand(count, 8, 6), [rand(8, 5) for _ in range(count)]
+    new = slice(4, 6)  # of 8 columns, the last two are padding
+    newest, old, es = rand(2).requires_grad_(gated), rand(2, 1, 1, 4), [rand(2, 3, 5) for _ in range(count)]
+    for padded in (A.transpose(0, 1), *Bs):
+        padded[6:] = 0
+    new_As = [a[new].requires_grad_(train_A) for a in A.detach()]  # views, as the layer's parameters are
+    new_Bs = [b.detach()[new].T.requires_grad_() for b in Bs]
 
-    def f(x, new_A, new_B, new):
-        c = torch.cat((old, new), dim=2) if gated else None
-        return Branches.apply(x, A, B, new_A, new_B, c, 0.7)
+    def f(x, newest, *parameters):
+        c = 0.7
+        if gated:
+            c = torch.cat((old, newest.detach().view(2, 1, 1, 1).expand(2, 1, 1, 2), rand(2, 1, 1, 2)), dim=-1)
+        outputs = [e.clone() for e in es]
+        weights = Weights(A, Bs, Bs, None)
+        return Branches.apply(x, newest, c, weights, 4, count, *outputs, *parameters)
 
-    assert torch.autograd.gradcheck(f, (x, new_A, new_B, new if gated else new.detach()))
+    assert torch.autograd.gradcheck(f, (x, newest, *new_As, *new_Bs))
 
 
 def test_saved_for_backward_does_not_grow_with_frozen_branches():
@@ -90,7 +100,8 @@ def test_coefficients_repeat_for_beams_and_refuse_other_batches():
 def test_one_branch_with_coefficient_1_equals_peft(make, targets):
     import peft
 
-    from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
+    from gainlora.model.adapter_config import GainLoRAConfig
+    from gainlora.model.modeling import GainLoRAModel
 
     theirs = peft.get_peft_model(
         make(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
@@ -123,3 +134,63 @@ def test_missing_coefficients_are_refused_and_casting_or_moving_keeps_the_state(
     layer.integration.coefficients = torch.rand(2, 2)
     assert layer(torch.randn(2, 5, 10, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert layer.to("meta").B.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_share_an_input_compute_what_each_computes(dtype):
+    """Outputs and gradients, whichever of them is called first; the same input again is computed again."""
+
+    def outcome(layers, order):
+        for seed, layer in enumerate(layers):
+            torch.manual_seed(seed)
+            layer.start_branch(torch.randn(3, 10), torch.randn(7, 3), train_A=True)
+            layer.to(dtype).integration.coefficients = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+        x = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        for _ in range(2):
+            outputs = dict((i, layers[i](x)) for i in order)
+            (outputs[0].square().sum() + outputs[1].sin().sum()).backward()
+        return [outputs[0], outputs[1], x.grad, *(p.grad for layer in layers for p in layer.learning)]
+
+    expected = outcome([make_layer(2), make_layer(2)], [0, 1])
+    together = [make_layer(2), make_layer(2)]
+    frozen = [(layer.A.clone(), layer.B.clone()) for layer in together]
+    group = Group(together)
+    for layer, branches in zip(together, frozen, strict=True):
+        layer.frozen = 0
+        layer.stack(*branches)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(outcome(together, [1, 0]), expected, **tolerance)
+    assert group._x is None and not group._outputs
+
+
+def test_a_bfloat16_base_on_a_gpu_keeps_new_branches_off_old_inputs():
+    """|A x| <= 1e-6 |A| |x| for x in the subspace that A avoids; A rounded to bfloat16 would reach 1e-3."""
+    d = 1024
+    x = torch.randn(40, d).to(torch.bfloat16)  # its span is the subspace
+    basis = torch.linalg.qr(x.double().T).Q
+    A = torch.randn(3, d, dtype=torch.float64)
+    A = (A - A @ basis @ basis.T).float()
+    with FakeGPU():
+        layer = GatedLoRALinear(nn.Linear(d, 8, bias=False).to("cuda", torch.bfloat16), 3, 1.0, Integration(False))
+        layer.start_branch(A, torch.randn(8, 3), train_A=False)
+        placed = x.to("cuda")
+        leak = layer.group.weights(placed, torch.bfloat16).project(placed)[:, :3].cpu()
+    size = A.norm(dim=1) * x.float().norm(dim=1, keepdim=True)
+    assert (leak.abs() / size).max() < 1e-6
+    rounded = x.float() @ A.bfloat16().float().T
+    assert (rounded.abs() / size).max() > 1e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_autocast_trains(gated):
+    def gradients(autocast):
+        layer = make_layer(1, gated)
+        layer.start_branch(torch.ones(3, 10), torch.ones(7, 3), train_A=True)
+        layer.integration.coefficients = torch.tensor([[0.3, 0.6], [0.2, 0.9]]) if gated else None
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 10, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer(x).float().square().mean().backward()
+        return [x.grad, *(p.grad for p in layer.learning)]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0.03, atol=0.03)

@@ -1,8 +1,26 @@
-"""R, AP, FT and BWT by hand; scores against their definitions."""
+"""R, AP, FT and BWT by hand; scores against their definitions and against rouge-score."""
+
+import json
+import os
+import random
+import re
+import string
+import unicodedata
+from pathlib import Path
 
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
-from gainlora.learning.metrics import average_performance, backward_transfer, forgetting, normalize, score
+from gainlora.training.metrics import (
+    average_performance,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    normalize,
+    routing,
+    score,
+    summary,
+)  # fmt: skip
 
 
 def test_matrix_by_hand():
@@ -30,10 +48,27 @@ def test_padded_rows_and_one_task():
         ("negative", ["positive"], 0),
         ("b", ["a", "b"], 100),
         ("", ["positive"], 0),
+        ("", ["+"], 0),
+        (" \n", ["?", ""], 0),
+        ("...", ["?"], 0),
+        ("-", ["+"], 0),
+        ("-", ["-"], 100),
+        ("+", ["yes", "+"], 100),
+        ("1", ["-1"], 100),
+        ("Да.", ["да"], 100),
+        (unicodedata.normalize("NFC", "Café"), [unicodedata.normalize("NFD", "café")], 100),
     ],
 )
 def test_exact_match(prediction, references, expected):
     assert score("exact_match", prediction, references) == expected
+
+
+@pytest.mark.parametrize(
+    "prediction, reference, expected",
+    [("1", "-1", 0), ("-1", "-1", 100), ("c++\n", "C++", 100), ("C", "C++", 0), ("a  B", "A b", 100), ("", "+", 0)],
+)
+def test_exact_match_with_punctuation(prediction, reference, expected):
+    assert score("exact_match", prediction, [reference], keep_punctuation=True) == expected
 
 
 def test_rouge_l():
@@ -43,5 +78,81 @@ def test_rouge_l():
     assert score("rouge_l", "", ["dog"]) == 0
 
 
+@pytest.mark.parametrize(
+    "text, other, expected",
+    [
+        ("Привет, мир", "привет мир!", 100),
+        ("Добрый день", "Добрый вечер", 50),
+        ("我喜欢猫", "我喜欢狗。", 75),  # a character is a word
+        ("ABC中文", "abc 中文", 100),
+        ("ラーメン", "ラーメソ", 75),
+        ("แมวดำ", "แมวขาว", 100 * 3 / 5.5),
+        ("हिन्दी भाषा", "हिन्दा भाषा", 50),  # another vowel sign: another word
+        ("كِتاب", "كُتاب", 0),
+        ("می‌خواهم", "می خواهم", 0),
+        ("한국어 좋아", "한국어 싫어", 50),
+        (unicodedata.normalize("NFD", "été"), unicodedata.normalize("NFC", "été"), 100),
+        ("naïve", "na ve", 0),
+    ],
+)
+def test_rouge_l_reads_every_script(text, other, expected):
+    assert score("rouge_l", text, [text]) == score("rouge_l", other, [other]) == 100
+    assert score("rouge_l", text, [other]) == pytest.approx(expected)
+
+
+def check_rouge_l(texts, chooser):
+    """Each text against itself, half of it, and another: as rouge-score has it."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for text in texts:
+        for prediction in (text, text[: len(text) // 2], chooser.choice(texts)):
+            expected = 100 * scorer.score(text, prediction)["rougeL"].fmeasure
+            assert score("rouge_l", prediction, [text]) == expected, (prediction, text)
+
+
+def test_rouge_l_and_exact_match_of_ascii_are_what_they_were():
+    chooser = random.Random(0)
+    pieces = ["running", "Dogs", "don't", "a_b", "3.14", "U.S.", "well-known", "x", "2nd", "**", "e-mail@x", "\t"]
+    words = [" ".join(chooser.choices(pieces, k=chooser.randint(1, 9))) for _ in range(150)]
+    noise = ["".join(chooser.choices(string.printable, k=chooser.randint(1, 40))) for _ in range(150)]
+    check_rouge_l(words + noise, chooser)
+    for text in words + noise:
+        bare = re.sub(r"\s+", " ", text.lower().translate(str.maketrans("", "", string.punctuation))).strip()
+        assert normalize(text) == bare
+        assert score("exact_match", text.upper(), [text]) == 100 * bool(text.strip())
+
+
+BENCHMARK = os.environ.get("GAINLORA_BENCHMARK")
+
+
+@pytest.mark.skipif(not BENCHMARK, reason="GAINLORA_BENCHMARK names no copy of CL_Benchmark")
+def test_rouge_l_of_the_benchmark_is_that_of_rouge_score():
+    files = sorted(Path(str(BENCHMARK), "SuperNI").glob("*/test.json"))
+    assert len(files) == 15
+    for file in files:
+        outputs = [i["output"] for i in json.loads(file.read_text(encoding="utf-8"))["Instances"]]
+        references = [text for output in outputs for text in (output if isinstance(output, list) else [output])]
+        check_rouge_l(references, random.Random(file.parent.name))
+
+
 def test_normalize():
     assert normalize(" A-b,  C\n d. ") == "ab c d"
+
+
+def test_learning_accuracy_incremental_accuracy_and_forward_transfer_by_hand():
+    found = summary([[80], [60, 90]], before=[None, 30], base=[10, 25])
+    assert (found["LA"], found["AIA"], found["FWT"]) == (85, (80 + 75) / 2, 5)
+    at_once = summary([[80, 90]], before=[None, None], base=[10, 25])
+    assert (at_once["AP"], at_once["LA"], at_once["AIA"], at_once["FWT"]) == (85, None, None, None)
+    assert forward_transfer([None, 30, None], [10, 25, 5]) is None  # never a mean of some tasks
+
+
+def test_routing_counts_prompts_and_pairs():
+    random.seed(1)
+    a = {task: [[round(random.random(), 1) for _ in range(3)] for _ in range(20)] for task in ("x", "y", "z")}
+    for i, (task, rows) in enumerate(a.items()):
+        others = [row[i] for other in a if other != task for row in a[other]]
+        pairs = [(row[i] > other) + (row[i] == other) / 2 for row in rows for other in others]
+        found = routing(a)[task]
+        assert found["auc"] == pytest.approx(sum(pairs) / len(pairs))
+        assert found["top1"] == sum(row.index(max(row)) == i for row in rows) / len(rows)
+    assert routing({"x": [[0.5]]}) == {}

@@ -2,41 +2,24 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from gainlora.data.batches import collate
+from gainlora.data.collate import collate
 from gainlora.errors import GainLoRAError
-from gainlora.learning.trainer import target_loss
-from gainlora.model.base import find_targets, load_base, stored_weights, trace_inputs, weights_digest
-from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
-from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
-from gainlora.model.inputs import gate_covariances, layer_covariances
-from tests.tiny import tiny_llama, tiny_t5
+from gainlora.model.adapter_config import GainLoRAConfig
+from gainlora.model.base import load_base, weights_fingerprint
+from gainlora.model.covariance import gate_covariances, layer_covariances
+from gainlora.model.modeling import GainLoRAModel
+from gainlora.model.targets import find_targets, group_layers_by_input
+from gainlora.training.train import target_loss
+from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
 
 MAKERS = {"llama": tiny_llama, "t5": tiny_t5}
 
 
 def make(kind: str, branches: int = 2, gated: bool = True, learning: bool = False, base=None) -> GainLoRAModel:
     """A model with random branches and gates; the last one still learning if asked."""
-    model = GainLoRAModel(
-        base or MAKERS[kind](),
-        GainLoRAConfig("tiny", rank=2, alpha=4, integration="gated" if gated else "equal", gate_hidden=6),
-    )
-    g = torch.Generator().manual_seed(5)
-    for t in range(branches):
-        gate = None
-        if gated:
-            shape = widths(model.width, 6, 2)
-            start = GateWeights(first_hidden(shape, g), torch.randn(1, model.width, generator=g))
-            gate = Gate(start, [torch.zeros(d, 0) for d in shape], "cosine")
-        branch = {
-            name: (torch.randn(2, la.base.in_features, generator=g), torch.randn(la.base.out_features, 2, generator=g))
-            for name, la in model.layers.items()
-        }
-        model.start_branch(branch, train_A=True, gate=gate)
-        if not (learning and t == branches - 1):
-            model.freeze_branch(f"task{t}")
-    return model.eval()
+    return tiny_adapter(base or MAKERS[kind](), branches, gated, learning).eval()
 
 
 def rows(*lengths: int) -> list[dict]:
@@ -50,7 +33,7 @@ def rows(*lengths: int) -> list[dict]:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_layers_and_their_inputs_are_found(kind):
     base = MAKERS[kind]()
-    inputs = trace_inputs(base, find_targets(base, None))
+    inputs = group_layers_by_input(base, find_targets(base, None))
     if kind == "llama":
         assert len(inputs) == 4 and len({i.group for i in inputs.values()}) == 2
         assert {i.side for i in inputs.values()} == {"source"}
@@ -122,18 +105,18 @@ def test_a_decoders_layers_on_the_encoders_output_share_an_input_wherever_they_a
     """As under a device map, where each GPU has its own copy of the encoder's output."""
     base = tiny_t5()
     targets = find_targets(base, ["k", "v"])
-    whole = trace_inputs(base, targets)
+    whole = group_layers_by_input(base, targets)
     assert len({found.group for name, found in whole.items() if "EncDecAttention" in name}) == 1
 
     def copied(value):
-        return value.clone() if isinstance(value, torch.Tensor) and value.shape == (1, 3, 32) else value
+        return value.clone() if isinstance(value, torch.Tensor) and value.shape == (2, 5, 32) else value
 
     def to_another_gpu(block, args, kwargs):
         return tuple(map(copied, args)), {name: copied(value) for name, value in kwargs.items()}
 
     for block in base.decoder.block:
         block.register_forward_pre_hook(to_another_gpu, with_kwargs=True)
-    assert trace_inputs(base, targets) == whole
+    assert group_layers_by_input(base, targets) == whole
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -186,30 +169,26 @@ def test_adapters_of_another_base_or_damaged_are_refused(tmp_path):
         GainLoRAModel.from_pretrained(tmp_path / "nowhere", tiny_llama())
 
 
-def test_a_base_models_weights_have_one_digest_however_they_are_stored(tmp_path):
+def test_base_weights_have_one_fingerprint_in_every_order_and_dtype():
     """Whatever tells them from others changes it: a value at either end or between, a name, a shape."""
     kept = {"a": torch.randn(50, 400), "b": torch.randn(7), "c": torch.tensor(2.0), "d": torch.zeros(0)}
-    expected = weights_digest(kept.items())
-    for name in kept:
-        save_file({name: kept[name]}, tmp_path / f"model-{name}.safetensors")
-    assert weights_digest(stored_weights(tmp_path)) == expected
-    assert weights_digest((name, t.bfloat16()) for name, t in reversed(kept.items())) == expected
+    expected = weights_fingerprint(kept.items())
+    assert weights_fingerprint((name, t.bfloat16()) for name, t in reversed(kept.items())) == expected
     for row, column in ((0, 0), (-1, -1), (25, 62)):  # of every 78th value
         other = kept["a"].clone()
         other[row, column] += 1
-        assert weights_digest({**kept, "a": other}.items()) != expected
-    assert weights_digest({**kept, "a": kept["a"].reshape(400, 50)}.items()) != expected
-    assert weights_digest({"A": kept["a"], **{n: kept[n] for n in "bcd"}}.items()) != expected
-    (tmp_path / "model-a.safetensors").write_bytes(b"12345678")
-    with pytest.raises(GainLoRAError, match=r"model\.name: .*model-a\.safetensors: cannot be loaded"):
-        weights_digest(stored_weights(tmp_path))
+        assert weights_fingerprint({**kept, "a": other}.items()) != expected
+    assert weights_fingerprint({**kept, "a": kept["a"].reshape(400, 50)}.items()) != expected
+    assert weights_fingerprint({"A": kept["a"], **{n: kept[n] for n in "bcd"}}.items()) != expected
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_loaded_base_has_the_digest_of_its_files(kind, tmp_path):
     (tiny_t5 if kind == "t5" else tiny_llama)(tmp_path)
-    stored = weights_digest(stored_weights(tmp_path))
-    assert {load_base(str(tmp_path), dtype)[0].weights_digest for dtype in (torch.float32, torch.bfloat16)} == {stored}
+    stored = weights_fingerprint(load_file(tmp_path / "model.safetensors").items())
+    assert {load_base(str(tmp_path), dtype)[0].weights_fingerprint for dtype in (torch.float32, torch.bfloat16)} == {
+        stored
+    }
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -247,22 +226,15 @@ def test_the_base_model_alone_is_refused_and_nothing_is_left_from_a_call():
 
 def test_everything_moves_with_the_model_and_stays_float32():
     model = make("t5").to(torch.bfloat16)
-    state = [
-        model.gates.key,
-        *model.gates.hidden,
-        *model.gate_memory,
-        *(u for b in model.layer_memory.values() for u in b),
-    ]
-    assert {t.dtype for t in state} == {torch.float32}
+
+    def state():
+        layers = (basis for group in model.layer_memory.values() for basis in group)
+        return [model.gates.key, *model.gates.hidden, *model.gate_memory, *layers]
+
+    assert {t.dtype for t in state()} == {torch.float32}
     model(**collate(rows(5, 9), 0, True, targets=True))
     model.to("meta")
-    state = [
-        model.gates.key,
-        *model.gates.hidden,
-        *model.gate_memory,
-        *(u for b in model.layer_memory.values() for u in b),
-    ]
-    assert {t.device.type for t in state} == {"meta"}
+    assert {t.device.type for t in state()} == {"meta"}
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -1,13 +1,15 @@
-"""What a sweep runs: combinations or a plan, and what is refused before anything runs."""
+"""Sweeps: which runs a plan stands for, what is refused before anything runs, and that a failed run stops no other."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flows.plan import experiments
+from gainlora import plans
+from gainlora.config import load_config
 from gainlora.errors import GainLoRAError
-from gainlora.params import load_config
 from tests.tiny import tiny_params
 
 ENTRY = {"order": "tiny", "methods": ["seqlora", "olora"], "seeds": [1, 2]}
@@ -17,31 +19,34 @@ ENTRY = {"order": "tiny", "methods": ["seqlora", "olora"], "seeds": [1, 2]}
 def project(tmp_path, monkeypatch):
     tiny_params(tmp_path, "any")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def plan(*entries):
     Path("plan.yaml").write_text(yaml.safe_dump(list(entries)))
-    return "plan.yaml"
+    return Path("plan.yaml")
 
 
 def test_every_combination_and_a_plan_give_the_same_runs():
-    expected = [f"tiny {method} {seed}" for method in ENTRY["methods"] for seed in ENTRY["seeds"]]
-    found = experiments(["tiny"], ["seqlora", "olora"], [1, 2])
-    assert [e.name for e in found] == expected
-    assert found == experiments(plan=plan(ENTRY))
+    found = plans.experiments(["tiny"], ["seqlora", "olora"], [1, 2])
+    assert [e.name for e in found] == ["tiny seqlora 1", "tiny seqlora 2", "tiny olora 1", "tiny olora 2"]
+    assert found == plans.experiments(plan=plan(ENTRY))
     for e in found:
-        assert e.config == load_config("tiny", overrides={"method": e.method, "seed": e.seed})
-        assert e.parameters == {"order": "tiny", "method": e.method, "seed": e.seed, "overrides": {}}
-    assert [e.name for e in experiments(["tiny"])] == ["tiny gainlora-inflora 1"]  # what params.yaml says
+        assert e.config == load_config("tiny", {"method": e.config.method, "seed": e.config.seed})
+    assert [e.name for e in plans.experiments(["tiny"])] == ["tiny gainlora-inflora 1"]  # params.yaml's
 
 
 def test_a_choice_from_a_plan():
-    labelled = {**ENTRY, "methods": ["olora"], "label": "long", "options": {"train.epochs": 2}}
-    file = plan(ENTRY, labelled)
-    found = [e.name for e in experiments(methods=["olora"], seeds=[2], plan=file)]
-    assert found == ["tiny olora 2", "tiny olora+long 2"]
-    assert experiments(plan=file)[-1].config.train.epochs == 2
-    assert len({e.file(Path("results")) for e in experiments(plan=file)}) == 6
+    options = {"train.epochs": 2, "lora.targets": ["q_proj"], "train.learning_rate": 1e-5}
+    file = plan(ENTRY, {**ENTRY, "methods": ["olora"], "label": "long", "options": options})
+    chosen = plans.experiments(methods=["olora"], seeds=[2], plan=file)
+    assert [e.name for e in chosen] == ["tiny olora 2", "tiny olora+long 2"]
+    assert chosen[1].config.train.epochs == 2
+    assert len({e.file(Path("results")) for e in plans.experiments(plan=file)}) == 6
+    words = chosen[1].command  # as typed, it describes the same run
+    sets = dict(word.partition("=")[::2] for word in words[words.index("--set") + 1 :: 2])
+    given = {name: yaml.safe_load(value) for name, value in sets.items()}
+    assert load_config("tiny", {**given, "method": "olora", "seed": 2}) == chosen[1].config
 
 
 @pytest.mark.parametrize(
@@ -52,21 +57,90 @@ def test_a_choice_from_a_plan():
         ({"orders": ["tiny", "tinny"]}, "no order 'tinny'; did you mean 'tiny'"),
         ({"orders": ["tiny"], "seeds": [1, 1]}, "tiny gainlora-inflora 1: given twice"),
         ({"orders": ["tiny"], "overrides": {"train.epoch": 2}}, "train.epoch: unknown option; did you mean 'epochs'"),
-        ({"plan": "none.yaml"}, "none.yaml: not found"),
-        ({"plan": [ENTRY], "overrides": {"train.epochs": 2}}, "overrides: train.epochs: not with a plan"),
-        ({"plan": [ENTRY], "methods": ["ewc"]}, "methods: ewc is not in plan.yaml; known: seqlora, olora"),
+        ({"plan": Path("none.yaml")}, "none.yaml: not found"),
+        ({"plan": [ENTRY], "overrides": {"train.epochs": 2}}, "--set: train.epochs: not with a plan"),
+        ({"plan": [ENTRY], "methods": ["ewc"]}, "methods: ewc is not in plan.yaml; known: olora, seqlora"),
         ({"plan": [ENTRY, ENTRY]}, "tiny seqlora 1: given twice"),
-        ({"plan": ["tiny"]}, "plan.yaml: entry 1: got 'tiny', expected order, methods, seeds, label, options"),
-        ({"plan": [{**ENTRY, "sedes": [1]}]}, "plan.yaml: entry 1: sedes: unknown; did you mean 'seeds'"),
+        ({"plan": ["tiny"]}, "plan.yaml: entry 1: options: got 'tiny', expected a section"),
+        ({"plan": [{**ENTRY, "sedes": [1]}]}, "plan.yaml: entry 1: sedes: unknown option; did you mean 'seeds'"),
         ({"plan": [{"order": "tiny", "seeds": [1]}]}, "plan.yaml: entry 1: methods: missing"),
-        ({"plan": [{**ENTRY, "methods": "olora"}]}, "entry 1: methods: got 'olora', expected a list of methods"),
-        ({"plan": [{**ENTRY, "seeds": [True]}]}, "entry 1: seeds: got [True], expected a list of whole numbers"),
+        ({"plan": [{**ENTRY, "methods": "olora"}]}, "entry 1: methods: got 'olora', expected a list"),
+        ({"plan": [{**ENTRY, "seeds": [True]}]}, "entry 1: seeds: got True, expected a whole number"),
         ({"plan": [{**ENTRY, "label": 3}]}, "entry 1: label: got 3, expected text"),
+        ({"plan": [{**ENTRY, "options": [1]}]}, "entry 1: options: got [1], expected option: value"),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_said_before_anything_runs(given, message):
+def test_wrong_plans_are_refused_before_anything_runs(given, message):
     if isinstance(given.get("plan"), list):
         given = {**given, "plan": plan(*given["plan"])}
     with pytest.raises(GainLoRAError) as error:
-        experiments(**given)
+        plans.experiments(**given)
     assert message in str(error.value)
+
+
+FAKE = """import pathlib, sys, time
+words = sys.argv[1:]
+method, results = words[words.index("--method") + 1], pathlib.Path("started")
+results.mkdir(exist_ok=True)
+(results / f"{method}-{time.time_ns()}").touch()
+try:
+    time.sleep({"seqlora": 30, "olora": 0.2}.get(method, 0))
+except KeyboardInterrupt:
+    (results / f"{method}-interrupted").touch()
+    sys.exit(130)
+if method == "ewc":
+    print("error: it does not work", file=sys.stderr)
+    sys.exit(1)
+print("AP 50.0")
+"""
+
+
+@pytest.fixture
+def fake_runs(project, monkeypatch):
+    """`gainlora run` that learns nothing."""
+    (project / "gainlora_fake.py").write_text(FAKE)
+    start = plans.subprocess.Popen
+
+    def popen(command, **options):
+        return start([command[0], str(project / "gainlora_fake.py"), *command[3:]], **options)
+
+    monkeypatch.setattr(plans.subprocess, "Popen", popen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_a_failed_run_stops_no_other(fake_runs, capsys):
+    chosen = plans.experiments(["tiny"], ["ewc", "olora"], [1, 2])
+    assert plans.run_all(chosen, None, jobs=2) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "4 runs, 4 to do" and len(lines) == 5
+    assert sum("| error: it does not work |" in line for line in lines) == 2
+    assert sum("| AP 50.0 |" in line for line in lines) == 2
+    assert "2 of 4 runs failed" in err and "tiny ewc 1: .cache/sweep/tiny-ewc-1.log" in err
+
+
+def test_an_interrupted_sweep_ends_its_runs_and_starts_no_other(fake_runs):
+    chosen = plans.experiments(["tiny"], ["seqlora", "ewc"], [1])
+    previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            plans.run_all(chosen, None, jobs=1)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert time.monotonic() - started < 20
+    names = [path.name for path in Path("started").iterdir()]
+    assert "seqlora-interrupted" in names and not any(name.startswith("ewc") for name in names)
+
+
+def test_runs_take_turns_on_gpus_and_share_cpu_cores(monkeypatch):
+    (one,) = plans.experiments(["tiny"], overrides={"launch.num_processes": 1})
+    (two,) = plans.experiments(["tiny"], overrides={"launch.num_processes": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = [plans.environment(one, slot, 3, ["3", "5"])["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert found == ["3", "5", "3"] and plans.visible_gpus() == ["3", "5"]
+    assert plans.environment(two, 1, 3, ["3", "5"])["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert plans.environment(one, 0, 10**6, [])["OMP_NUM_THREADS"] == "1"

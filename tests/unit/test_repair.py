@@ -1,4 +1,4 @@
-"""A damaged run: found before use, named, and mended by going back to the last good task."""
+"""A damaged run: found before use, named, and mended from another run or by going back to the last good task."""
 
 import random
 import shutil
@@ -6,13 +6,10 @@ import shutil
 import pytest
 
 from gainlora.__main__ import main
-from gainlora.errors import GainLoRAError
-from gainlora.learning.repair import repair
-from gainlora.learning.run_folder import hold
-from gainlora.learning.stream import Stream
-from gainlora.params import load_config
-from tests.unit.test_checkpoint import assert_equal_runs, copy_of, run
-from tests.unit.test_stream import project
+from gainlora.errors import GainLoRAError, RunLocked
+from gainlora.io import is_whole, lock
+from gainlora.runs.repair import repair
+from tests.runs import assert_equal_runs, create, flip, learn, project, run, state
 
 METHOD = "gainlora-inflora"
 
@@ -32,25 +29,18 @@ def copied(finished, tmp_path):
     return root, folder
 
 
-def flip(path, at=None):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if at is None else at] ^= 1
-    path.write_bytes(content)
-
-
 def test_every_file_of_every_task_is_checked_before_use(copied):
     root, folder = copied
     files = [path for path in sorted(folder.glob("task_*/**/*")) if path.is_file() and path.stat().st_size]
     assert len({path.suffix for path in files}) == 3 and len(files) > 24
+    assert not any(path.stat().st_mode & 0o222 for path in files)  # read-only
     for path in random.Random(0).sample(files, 12):
-        before = path.read_bytes()
         flip(path)
         with pytest.raises(GainLoRAError) as error:
             run(root, METHOD)
-        named = "checksums.json" if path.name == "checksums.json" else path.name
-        assert named in str(error.value) or path.name == "checksums.json"
+        assert path.name in str(error.value) or path.name == "checksums.json"
         assert "gainlora repair" in str(error.value) or "damaged" in str(error.value)
-        path.write_bytes(before)
+        flip(path)
     run(root, METHOD)
 
 
@@ -59,18 +49,34 @@ def test_repair_goes_back_to_the_last_good_task_and_the_run_to_the_same_end(copi
     root, folder = copied
     flip(folder / damaged)
     assert main(["repair", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert f"{kept} good tasks" in said and "dropped task_03_task3" in said
+    shown = capsys.readouterr().out
+    assert f"{kept} good tasks" in shown and "dropped task_03_task3" in shown
     assert len(list(folder.glob("task_*"))) == kept and not (folder / "result.json").exists()
     run(root, METHOD)
     assert_equal_runs(root, finished)
 
 
+def test_damage_that_runs_share_is_mended_in_each_and_no_file_is_written_to(copied):
+    root, folder = copied
+    options = {"method": METHOD, "subspace__horizon": 3}
+    order = {"data": "data/tiny", "template": "long_sequence", "metric": "exact_match", "tasks": ["task1", "task2"]}
+    shorter = learn(root, **options, order__tasks=order["tasks"])
+    expected = state(shorter)
+    shared = folder / "task_01_task1" / "gate.safetensors"
+    assert shared.samefile(shorter.task_folder(1) / shared.name)
+    flip(shared)
+    assert repair(folder).dropped == ["task_01_task1", "task_02_task2", "task_03_task3"]
+    run(root, METHOD)  # learned again: the only other copy is the same damaged file
+    assert repair(shorter.folder).mended == ["task_01_task1"] and state(shorter) == expected
+    assert all(is_whole(step) for step in root.glob("runs/*/task_*"))
+    assert len(list(root.glob("runs/*/task_*"))) == 5
+
+
 def test_repair_from_a_task_that_is_not_damaged(copied, finished):
     root, folder = copied
-    assert repair(folder) == (3, [])
-    assert (folder / "result.json").exists()
-    assert repair(folder, 3) == (2, ["task_03_task3"])
+    done = repair(folder)
+    assert (done.kept, done.dropped, done.mended) == (3, [], []) and (folder / "result.json").exists()
+    assert repair(folder, 3).dropped == ["task_03_task3"]
     with pytest.raises(GainLoRAError, match="--from-task: 3: this run has 1 to 2 of its 3 tasks"):
         repair(folder, 3)
     with pytest.raises(GainLoRAError, match="--from-task: 0:"):
@@ -81,19 +87,16 @@ def test_repair_from_a_task_that_is_not_damaged(copied, finished):
 
 def test_repair_leaves_a_run_in_progress_alone(copied, tmp_path):
     _, folder = copied
-    with hold(folder), pytest.raises(GainLoRAError, match="in progress already"):
+    with lock(folder / ".lock", "this run"), pytest.raises(RunLocked, match="in progress already"):
         repair(folder)
     with pytest.raises(GainLoRAError, match=r"config\.json: not found"):
         repair(tmp_path)
 
 
-def test_repair_drops_the_task_that_was_being_learned(finished, tmp_path):
-    root = copy_of(finished, tmp_path / "half")
-    stream = Stream.create(load_config("tiny", root / "params.yaml", {"method": METHOD}), root)
-    for step in ("prepare", "train", "update", "evaluate", "finish"):
-        getattr(stream, step)(1)
-    stream.train(2)
-    stream._lock.close()
-    assert list(stream.folder.glob(".task_02*"))
-    assert repair(stream.folder, 2) == (1, ["task_02_task2"])
-    assert not list(stream.folder.glob(".task*"))
+def test_repair_drops_the_task_that_was_being_learned(tmp_path):
+    with create(project(tmp_path), method=METHOD) as half:
+        half.seal(1)
+        half.train(2)
+    assert list(half.folder.glob(".task_02*"))
+    assert repair(half.folder, 2).dropped == ["task_02_task2"] and half.finished == 1
+    assert not list(half.folder.glob(".task*"))

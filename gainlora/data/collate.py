@@ -1,0 +1,347 @@
+"""Prompts and targets -> token ids -> padded batches.
+
+Token ids are cached on disk under a key of everything they depend on (texts, tokenizer, lengths, kind of model)
+and memory-mapped, so that all runs, seeds and methods share one tokenization of a task.
+
+Prompt ids. Decoder-only: the tokenizer's prefix (BOS or nothing), then the prompt, no EOS.
+Encoder-decoder: the prompt, then EOS. `data.truncate` says which part a long prompt loses; never a special token.
+Target ids: one reference, no special tokens but a final EOS; a long target loses tokens at its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gainlora.data.instances import Example
+from gainlora.data.prompts import Part, Prompt, shorten
+from gainlora.data.tasks import Task
+from gainlora.errors import GainLoRAError
+from gainlora.sections import DataConfig
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+FORMAT = 2
+"""Part of the cache key; raise it when the meaning of the columns changes."""
+IGNORED = -100
+"""Label of positions without loss."""
+CHUNK = 1000
+"""Texts per tokenizer call."""
+Split = Literal["train", "validation", "test"]
+PLACE = "[the prompt]"
+"""Stands for the prompt in a chat template."""
+DRAW = "reference/0"
+"""Fixed seed of `data.references: sampled`."""
+
+
+def tokenize(
+    task: Task,
+    split: Split,
+    tokenizer: Any,
+    data: DataConfig,
+    encoder_decoder: bool,
+    cache: Path | None = Path(".cache/tokenized"),
+) -> datasets.Dataset:
+    """One split's token ids, in the split's order.
+
+    Args:
+        task: as read, limits applied.
+        tokenizer: a transformers tokenizer with an EOS token.
+        data: `max_prompt_tokens`, `max_target_tokens` (both count special tokens), `truncate` and `references`.
+        encoder_decoder: prompt as T5 reads it (EOS at its end) instead of as a decoder-only model continues it.
+        cache: folder of cached results; each is a folder that is created atomically. None: results stay in memory.
+
+    Returns:
+        Columns prompt_ids (n_prompt,), target_ids (n_target,), references (texts to score against; the target is the
+        first), prompt_lost (the part that it lost: "", "start", "end", "input", or "definition" and then its whole
+        input), target_cut (whether the target lost tokens) and truncated (whether the prompt or, in training, the
+        target did).
+
+    Raises:
+        GainLoRAError: the tokenizer has no EOS token, or the cache folder cannot be written.
+    """
+    import datasets
+
+    if tokenizer.eos_token_id is None:
+        raise GainLoRAError(
+            f"model.name: the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, "
+            "so answers could not end; set tokenizer.eos_token and save it, or choose another model."
+        )
+    examples: tuple[Example, ...] = getattr(task, split)
+    prompts = [task.parts(e) for e in examples]
+    references = [pick_references(e, data.references, task.name) for e in examples]
+    limits = (data.max_prompt_tokens, data.max_target_tokens, data.truncate)
+    frame = _prompt_frame(tokenizer, data, encoder_decoder) if data.template else ()
+    key = _digest(FORMAT, prompts, references, split, *limits, encoder_decoder, _fingerprint(tokenizer), *frame)
+    folder = cache and cache / f"{task.name}-{split}-{key[:16]}"
+    kept = folder and _load(folder)
+    if kept:
+        return kept
+    prompt_ids, prompt_lost = encode_prompts(prompts, tokenizer, data, encoder_decoder)
+    target_ids, target_cut = _targets([r[0] for r in references], tokenizer, data.max_target_tokens)
+    columns: dict[str, Any] = {"prompt_ids": prompt_ids, "target_ids": target_ids, "references": references}
+    cut = [bool(lost) or (short and split == "train") for lost, short in zip(prompt_lost, target_cut, strict=True)]
+    columns |= {"prompt_lost": prompt_lost, "target_cut": target_cut, "truncated": cut}
+    if folder is None:
+        return datasets.Dataset.from_dict(columns, features=_features())
+    _save(columns, folder)
+    made = _load(folder)
+    if made is None:
+        raise GainLoRAError(f"{folder}: cannot be read back; check the disk, or delete it and run again.")
+    return made
+
+
+def pick_references(example: Example, which: Literal["all", "first", "sampled"], task: str) -> list[str]:
+    """The references to score against, the one to train on first. The draw of `sampled` depends on the task's name
+    and the example's content only."""
+    references = list(example.references)
+    if which == "sampled":
+        drawn = int(_digest(DRAW, task, example.input, references), 16) % len(references)
+        return [references[drawn]]
+    return references if which == "all" else references[:1]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, data: DataConfig, encoder_decoder: bool
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of at most `data.max_prompt_tokens` each, special tokens included; and the part that each prompt lost.
+
+    Raises:
+        GainLoRAError: the special tokens alone reach the limit.
+    """
+    if data.template:
+        prompts = [prompt._replace(cue="") for prompt in prompts]
+    prefix, suffix = _prompt_frame(tokenizer, data, encoder_decoder)
+    room = data.max_prompt_tokens - len(prefix) - len(suffix)
+    if room < 1:
+        raise GainLoRAError(
+            f"data.max_prompt_tokens: {data.max_prompt_tokens} leaves no room beside {len(prefix) + len(suffix)} "
+            "special tokens; raise it."
+        )
+    ids = _encode([prompt.text for prompt in prompts], tokenizer)
+    side = "start" if data.truncate == "input" else data.truncate  # of a prompt without parts
+    lost = ["" if len(i) <= room else side for i in ids]
+    if data.truncate == "input":
+        _shorten_parts(prompts, ids, lost, tokenizer, room)
+    kept = [i[:room] if side == "end" else i[-room:] for i in ids]
+    return [prefix + i + suffix for i in kept], lost
+
+
+def _shorten_parts(prompts: Sequence[Prompt], ids: list[list[int]], lost: list[str], tokenizer: Any, room: int) -> None:
+    """Encode prompts that are too long anew, without the end of their input or, if necessary, of their definition.
+
+    A prompt without either that is still too long is left to lose its start.
+    """
+    parts: tuple[Part, ...] = ("input", "definition")
+    for part in parts:
+        too_long = {n: prompts[n] for n, found in enumerate(ids) if len(found) > room and getattr(prompts[n], part)}
+        shorter = shorten(too_long, part, lambda texts: _encode(texts, tokenizer), room)
+        prompts = [shorter.get(n, prompt) for n, prompt in enumerate(prompts)]
+        for n, found in zip(shorter, _encode([p.text for p in shorter.values()], tokenizer), strict=True):
+            ids[n], lost[n] = found, part
+
+
+def count_cut(rows: Any) -> dict[str, int]:
+    """How many prompts lost text, how many of these all of their input and some of their definition, and how many
+    targets lost tokens; empty if none did."""
+    lost = rows["prompt_lost"][:]
+    counts = {
+        "prompts": sum(map(bool, lost)),
+        "definitions": lost.count("definition"),
+        "targets": sum(rows["target_cut"]),
+    }
+    return {what: count for what, count in counts.items() if count}
+
+
+def collate(
+    rows: Sequence[dict[str, Any]], pad_id: int, encoder_decoder: bool, targets: bool
+) -> dict[str, torch.Tensor]:
+    """Pad rows to one batch of B sequences; every tensor is int64.
+
+    Args:
+        rows: with prompt_ids and, if `targets`, target_ids.
+        pad_id: id written on padding (masked in attention, ignored in labels).
+        encoder_decoder: T5-like instead of decoder-only.
+        targets: training batch (teacher forced) instead of prompts to complete.
+
+    Returns:
+        Encoder-decoder: input_ids, attention_mask (B, longest prompt), padded right; with targets
+        labels (B, longest target), padded right with -100.
+        Decoder-only, padded left: input_ids, attention_mask (B, S), S the longest prompt, or with targets the
+        longest prompt + target; then also labels (B, S), -100 on prompt and padding, and position_ids (B, S),
+        counted from each row's first real token.
+    """
+    import torch
+
+    prompts = [list(r["prompt_ids"]) for r in rows]
+    answers = [list(r["target_ids"]) for r in rows] if targets else [[] for _ in rows]
+    if encoder_decoder:
+        batch = {
+            "input_ids": torch.tensor(_pad(prompts, pad_id, left=False)),
+            "attention_mask": torch.tensor(_pad([[1] * len(p) for p in prompts], 0, left=False)),
+        }
+        if targets:
+            batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=False))
+        return batch
+    whole = [p + a for p, a in zip(prompts, answers, strict=True)]
+    mask = torch.tensor(_pad([[1] * len(w) for w in whole], 0, left=True))
+    batch = {"input_ids": torch.tensor(_pad(whole, pad_id, left=True)), "attention_mask": mask}
+    if targets:
+        batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=True, width=mask.shape[1]))
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
+    return batch
+
+
+def buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first (so that a lack of memory shows at once)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, task: int, epoch: int) -> list[list[int]]:
+    """Indices 0..n-1, shuffled by (seed, task, epoch) alone, in batches; the last may be smaller."""
+    order = list(range(n))
+    random.Random(f"{seed}/{task}/{epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
+def _pad(rows: list[list[int]], value: int, left: bool, width: int = 0) -> list[list[int]]:
+    width = max([width, *map(len, rows)])
+    return [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
+
+
+def _targets(texts: list[str], tokenizer: Any, limit: int) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of at most `limit` each, EOS included; and which ones were cut."""
+    ids = _encode(texts, tokenizer)
+    return [[*i[: limit - 1], tokenizer.eos_token_id] for i in ids], [len(i) > limit - 1 for i in ids]
+
+
+def _prompt_frame(tokenizer: Any, data: DataConfig, encoder_decoder: bool) -> tuple[list[int], list[int]]:
+    """The tokens before and after a prompt's text: special tokens, or the chat template around a user's message."""
+    if not data.template:
+        prefix, suffix = _frame(tokenizer)
+        return prefix, (suffix or [tokenizer.eos_token_id]) if encoder_decoder else []
+    if not getattr(tokenizer, "chat_template", None):
+        raise GainLoRAError(
+            f"data.template: the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no chat template; set it "
+            "to null, or choose a model that was trained on chats."
+        )
+    message = [{"role": "user", "content": PLACE}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(PLACE)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in (before, after)]
+    return ids[0], ids[1]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text, read off a sample."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    extra = len(framed) - len(plain)
+    start = next(i for i in range(extra + 1) if framed[i : i + len(plain)] == plain)
+    return framed[:start], framed[start + len(plain) :]
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids without special tokens: "</s>" inside a text is text, not an end."""
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), CHUNK):
+        ids += tokenizer(
+            texts[start : start + CHUNK],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+    return ids
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """A digest of how the tokenizer turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one written in Python
+        state = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    else:
+        if backend.padding or backend.truncation:  # left by earlier calls, of no effect here
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_padding()
+            backend.no_truncation()
+        state = backend.to_str()
+    return _digest(hashlib.sha256(state.encode()).hexdigest(), *_frame(tokenizer), tokenizer.eos_token_id)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _load(folder: Path) -> datasets.Dataset | None:
+    """The cached result, memory-mapped; None if there is none or it is damaged (it is then removed)."""
+    if not folder.is_dir():
+        return None
+    import datasets
+
+    try:
+        return datasets.Dataset.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _features() -> datasets.Features:
+    import datasets
+
+    return datasets.Features(
+        {
+            "prompt_ids": datasets.List(datasets.Value("int32")),
+            "target_ids": datasets.List(datasets.Value("int32")),
+            "references": datasets.List(datasets.Value("string")),
+            "prompt_lost": datasets.Value("string"),
+            "target_cut": datasets.Value("bool"),
+            "truncated": datasets.Value("bool"),
+        }
+    )
+
+
+def _save(columns: dict[str, Any], folder: Path) -> None:
+    """Write beside `folder`, then rename: other processes see all of it or nothing."""
+    import datasets
+
+    part = ""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = tempfile.mkdtemp(dir=folder.parent, prefix=".part-")
+        with _no_progress_bars():
+            datasets.Dataset.from_dict(columns, features=_features()).save_to_disk(part)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process stored the same content first
+                raise
+    except OSError as error:
+        raise GainLoRAError(f"{folder}: cannot be written ({error}); free or allow space there.") from None
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

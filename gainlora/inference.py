@@ -1,0 +1,114 @@
+"""Inference with a learned model: prompts as in training, batches of similar length, answers in input order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gainlora.data.prompts import build_prompt, parse_prompt
+from gainlora.errors import GainLoRAError, did_you_mean
+from gainlora.export.saved import SavedModel
+from gainlora.model.base import load_base, place
+from gainlora.model.modeling import GainLoRAModel
+from gainlora.training.evaluate import Answer, answer_prompts
+
+
+class Predictor:
+    """A learned model, loaded with the run's dtype and device map.
+
+    Args:
+        learned: what to load.
+        base: hub id or folder of the base model, in place of the one that the adapter names.
+
+    Raises:
+        GainLoRAError: a file is missing or damaged, or the base model is missing.
+    """
+
+    def __init__(self, learned: SavedModel, base: str | None = None) -> None:
+        self.learned, self.config = learned, learned.config
+        dtype: torch.dtype = getattr(torch, learned.run.config["dtype"])
+        device_map = self.config.model.device_map
+        model, self.tokenizer = load_base(learned.base(base), dtype, device_map)
+        place(model, device_map)
+        self.model = GainLoRAModel.from_pretrained(learned.folder, model)
+        self._lock = threading.Lock()  # the model holds the coefficients of one batch
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches: their tasks; one name if all tasks share one."""
+        tasks = self.model.config.tasks
+        return tasks if self.model.branches == len(tasks) else ("all_tasks",)
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+        task: str | None = None,
+    ) -> list[Answer]:
+        """Answers in the prompts' order.
+
+        Args:
+            prompts: complete prompts.
+            max_new_tokens: of an answer; None: the run's data.max_target_tokens.
+            batch_size: None: the run's evaluate.batch_size.
+            task: whose branch answers; only for method `single`.
+        """
+        config, model = self.config, self.model
+        definitions = {entry.get("definition", "") for entry in self.learned.run.data.values()}
+        parts = [parse_prompt(config.order.template, prompt, definitions) for prompt in prompts]
+        with self._lock:
+            model.task = model.config.tasks.index(task) if task else None
+            return answer_prompts(model, self.tokenizer, parts, config, max_new_tokens, batch_size)
+
+
+def make_prompt(learned: SavedModel, text: str, task: str | None) -> str:
+    """The prompt for a text: with a task's template and instruction, or the text unchanged.
+
+    Args:
+        task: one of the run's tasks; None: `text` is the complete prompt.
+
+    Raises:
+        GainLoRAError: no such task, the run does not record its instruction, or there is no text.
+    """
+    check_text(text)
+    if task is None:
+        return text
+    entries = learned.run.data
+    if task not in entries:
+        raise GainLoRAError(f"--task: {task!r} is no task of this run{did_you_mean(task, entries)}.")
+    if "definition" not in entries[task]:
+        raise GainLoRAError(
+            "--task: this run is older than the record of instructions; give the whole prompt as the text."
+        )
+    return build_prompt(learned.config.order.template, entries[task]["definition"], text.strip()).text
+
+
+def check_task(learned: SavedModel, task: str | None) -> None:
+    """Require a task id for method `single`.
+
+    Raises:
+        GainLoRAError: no task id, or a task that is not learned yet.
+    """
+    if learned.adapter.integration == "single" and task not in learned.adapter.tasks:
+        known = ", ".join(learned.adapter.tasks)
+        raise GainLoRAError(
+            f"--task: {task or 'none'}: method single answers with one task's branch; name it: {known}."
+        )
+
+
+def check_text(text: Any) -> None:
+    """Refuse values that are not text.
+
+    Raises:
+        GainLoRAError: not a string, blank, or not made of characters.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise GainLoRAError(f"text: {'empty' if isinstance(text, str) else 'no text'}; give some.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone \ud800 is legal JSON, but no tokenizer accepts it
+        raise GainLoRAError("text: holds half a surrogate pair, which is no character; correct it.") from None

@@ -1,0 +1,60 @@
+"""The progress bar of a whole run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gainlora.progress import shown, terminal
+from gainlora.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from gainlora.runs.run import Run
+
+
+def planned_steps(run: Run) -> list[int]:
+    """Optimizer steps of each step of a run (early stopping may end one before)."""
+    counts = []
+    for t, name in enumerate(run.steps, start=1):
+        examples = sum(run.recorded[task]["train"] for task in run.learned_at(t))
+        counts.append(math.ceil(examples / run.config.train.batch_size) * run.config.epochs(name, examples))
+    return counts
+
+
+class RunBar(Callback):
+    """A bar for the whole run: task k of T, loss, time left by the optimizer steps of all tasks. A context manager."""
+
+    def __enter__(self) -> RunBar:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        screen, hidden = terminal(), not shown()
+        self.bar = Progress(
+            *columns, console=screen, transient=True, disable=hidden, redirect_stdout=sys.stdout.isatty()
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def on_run_begin(self, run: Run) -> None:
+        self.planned = planned_steps(run)
+        done = sum(self.planned[: run.finished])
+        self.task = self.bar.add_task("", total=sum(self.planned), completed=done, loss="")
+        self.bar.start()
+
+    def on_task_begin(self, t: int, name: str) -> None:
+        self.before = sum(self.planned[: t - 1])
+        self.bar.update(self.task, description=f"task {t} of {len(self.planned)}: {name}", loss="")
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        self.bar.update(self.task, completed=self.before + record["step"], loss=f"loss {record['loss']:.2f}")
+
+    def on_task_end(self, t: int, name: str, row: dict[str, Any]) -> None:
+        self.bar.update(self.task, completed=sum(self.planned[:t]))

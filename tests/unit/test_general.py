@@ -1,0 +1,105 @@
+"""What is measured beside R: a task before it is learned, general ability on plain text, gates as routers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gainlora import ContinualLearner, Task
+from gainlora.runs.records import read_step, train_records
+from gainlora.training.general import general_ability, sentences
+from tests.runs import create, learn, project, state
+from tests.tiny import tiny_llama, tiny_t5, tiny_tokenizer
+
+OPTIONS = {"rank": 2, "alpha": 4, "hidden": 6, "learning_rate": 0.03, "max_target_tokens": 4, "min_steps": None}
+
+
+def task(name: str, first: int) -> Task:
+    rows = [{"text": f"w{first + n % 7} w{n}", "label": ("red", "green")[n % 7 % 2]} for n in range(20)]
+    return Task(name, rows, rows, "Sort")
+
+
+def learner(base: torch.nn.Module, **options: object) -> ContinualLearner:
+    return ContinualLearner((base, tiny_tokenizer()), callbacks=[], **{**OPTIONS, **options})
+
+
+@torch.no_grad()
+def losses_one_by_one(base: torch.nn.Module, tokenizer: object) -> float:
+    """Mean loss of each sentence's second half, each alone and unpadded, by transformers."""
+    total, count = 0.0, 0
+    for words in map(str.split, sentences()):
+        half = len(words) // 2
+        prompt = tokenizer(" ".join(words[:half]), add_special_tokens=True)["input_ids"]
+        if base.config.is_encoder_decoder:
+            target = tokenizer(" ".join(words[half:]), add_special_tokens=False)["input_ids"]
+            prompt += [] if prompt[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+            logits = base(input_ids=torch.tensor([prompt]), labels=torch.tensor([target])).logits[0]
+        else:
+            target = tokenizer(" " + " ".join(words[half:]), add_special_tokens=False)["input_ids"]
+            logits = base(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        total += float(F.cross_entropy(logits.float(), torch.tensor(target), reduction="sum"))
+        count += len(target)
+    return total / count
+
+
+@pytest.mark.parametrize("made", [tiny_llama, tiny_t5])
+def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made) -> None:
+    alone = losses_one_by_one(made().eval(), tiny_tokenizer())
+    mine = learner(made())
+    new = general_ability(mine.model, mine.tokenizer)
+    assert new["loss"] == new["base_loss"] == pytest.approx(alone, rel=1e-5) and new["kl"] == pytest.approx(0, abs=1e-9)
+    mine.learn(task("one", 0))
+    learned = mine.history[0]["scores"]["general"]
+    assert learned["base_loss"] == pytest.approx(alone, rel=1e-5) and learned["kl"] > 1e-4
+    assert abs(learned["loss"] - learned["base_loss"]) > 1e-4 and len(learned["text"]) == 64
+
+
+def test_a_task_is_also_answered_before_it_is_learned() -> None:
+    mine, second = learner(tiny_llama()), task("two", 30)
+    mine.learn(task("one", 0))
+    before = mine.evaluate([second])["two"]
+    with mine.model.branches_off():
+        base = mine.evaluate([second])["two"]
+    mine.learn(second)
+    row = mine.history[1]["scores"]
+    assert (row["before"], row["base"]) == ({"two": before}, {"two": base}) and row["FWT"] == before - base
+    assert "before" not in mine.history[0]["scores"] or not mine.history[0]["scores"]["before"]
+    assert (
+        set(row["routing"]) == {"one", "two"} and row["LA"] == (mine.accuracy_matrix[0][0] + row["scores"]["two"]) / 2
+    )
+
+
+def test_a_method_that_needs_the_task_has_no_forward_transfer() -> None:
+    mine = learner(tiny_llama(), method="single")
+    mine.learn(task("one", 0))
+    mine.learn(task("two", 30))
+    row = mine.history[1]["scores"]
+    assert not row["before"] and row["FWT"] is None and row["general"] == {}
+
+
+def test_replay_trains_on_a_share_of_every_earlier_task_and_survives_a_restart(tmp_path: Path) -> None:
+    whole = learn(project(tmp_path / "whole"), data__replay=0.25)
+    root = project(tmp_path / "parts")
+    for t in (1, 2):
+        with create(root, data__replay=0.25) as run:
+            run.seal(t)
+    assert state(learn(root, data__replay=0.25)) == state(whole)
+    plain = learn(project(tmp_path / "plain"))
+    assert plain.ids[0] != whole.ids[0] and state(plain)[0] == state(whole)[0] and state(plain)[1] != state(whole)[1]
+    rows = [read_step(whole.task_folder(t)).files["scores"] for t in (1, 2, 3)]
+    assert [row.get("replayed") for row in rows] == [None, 6, 12]  # of 24 examples each
+    count = [len(train_records(whole.task_folder(t))) for t in (1, 3)]
+    assert count == [3, math.ceil((24 + 12) / 8)]
+
+
+def test_replay_in_memory_goes_on_after_loading(tmp_path: Path) -> None:
+    mine = learner(tiny_llama(), replay=0.2)
+    mine.learn(task("one", 0))
+    mine.save(tmp_path / "adapter")
+    loaded = ContinualLearner.load(tmp_path / "adapter", (tiny_llama(), tiny_tokenizer()), callbacks=[])
+    assert mine.learn(task("two", 30)) == loaded.learn(task("two", 30))
+    assert loaded.history[1]["scores"]["replayed"] == 4

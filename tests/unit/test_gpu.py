@@ -1,0 +1,99 @@
+"""On a GPU that does not exist (tests/fake_gpu.py): the same bits as on the CPU, and how often the CPU waits for it."""
+
+import shutil
+
+import pytest
+import torch
+
+from gainlora.errors import GainLoRAError
+from gainlora.model.adapter_config import GainLoRAConfig
+from gainlora.model.base import device_name, pick_dtype
+from gainlora.model.modeling import GainLoRAModel
+from gainlora.training import train
+from tests.fake_gpu import FakeGPU
+from tests.runs import learn, project, records, state
+from tests.tiny import tiny_llama
+
+METHODS = [("llama", {}), ("t5", {}), ("llama", {"method": "olora"}), ("t5", {"method": "ewc"})]
+
+
+def learn_anew(root, **options):
+    shutil.rmtree(root / "runs", ignore_errors=True)
+    return learn(root, **options)
+
+
+def on_gpu(root, **options):
+    """The run, and how often the CPU waited; transformers itself looks for padding once a forward pass."""
+    with FakeGPU() as gpu:
+        run = learn_anew(root, **options)
+    return run, sum(count for line, count in gpu.waits.items() if "transformers" not in line)
+
+
+@pytest.mark.parametrize("kind, options", METHODS, ids=str)
+def test_a_gpu_learns_the_bits_of_the_cpu_and_is_waited_for_once_a_step(tmp_path, kind, options):
+    root = project(tmp_path, kind, count=2, data__train_limit=16, data__test_limit=2)
+    expected = state(learn(root, **options))
+    run, waits = on_gpu(root, **options)
+    assert state(run) == expected
+    steps = 2 * 2  # 16 examples in batches of 8, two tasks
+    assert on_gpu(root, train__micro_batch_size=2, train__epochs=2, **options)[1] == waits + steps
+
+
+def test_bfloat16_on_a_gpu_learns_what_it_learns_on_the_cpu(tmp_path):
+    """There A is a sum of two bfloat16 parts; what comes out differs by rounding."""
+    root = project(tmp_path, "llama", count=2)
+    options = {"model__dtype": "bfloat16", "train__gradient_checkpointing": True}
+    expected = losses(learn(root, **options))
+    with FakeGPU():
+        found = losses(learn_anew(root, **options))
+    assert found == pytest.approx(expected, rel=0.02) and found != expected
+
+
+def losses(run):
+    return [record["loss"] for t in (1, 2) for record in records(run.task_folder(t))]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, caplog):
+    """The longest examples are tried first; the result is that of the smaller micro-batch."""
+    root = project(tmp_path, "llama", count=2)
+    with FakeGPU(memory=20_000):
+        run = learn_anew(root, train__checkpoint_every=1)
+    assert {r["micro_batch_size"] for t in (1, 2) for r in records(run.task_folder(t))} == {4}
+    assert caplog.text.count("out of memory") == 2  # once a task
+    found = state(run)
+    with FakeGPU():
+        assert state(learn_anew(root, train__micro_batch_size=4)) == found
+
+
+def test_a_gpu_too_small_for_one_example_ends_with_the_remedy(tmp_path, monkeypatch):
+    def target_loss(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "target_loss", target_loss)
+    with FakeGPU(), pytest.raises(GainLoRAError, match=r"micro_batch_size: 1: .*; set train\.gradient_checkpointing"):
+        learn(project(tmp_path, "llama", count=1))
+
+
+def test_dtypes_in_which_nothing_can_be_learned_are_refused_by_name():
+    gpu = torch.device("cuda")
+    with FakeGPU(bfloat16=False):
+        assert pick_dtype("auto", gpu) == torch.float32 and device_name() == "cuda (Fake GPU)"
+        for name, told in (("bfloat16", "Fake GPU does not compute in it"), ("float16", "set float32 or bfloat16")):
+            with pytest.raises(GainLoRAError, match=f"{name}: {told}"):
+                pick_dtype(name, gpu)
+    with pytest.raises(GainLoRAError, match="float16 weights"):
+        GainLoRAModel(tiny_llama().bfloat16().half(), GainLoRAConfig("tiny", rank=2, alpha=4))
+
+
+def test_mixed_devices_are_refused():
+    with FakeGPU(count=2):
+        x = torch.ones(2, 2, device="cuda")
+        with pytest.raises(RuntimeError, match="same device"):
+            x @ torch.ones(2, 2)
+        with pytest.raises(RuntimeError, match="same device"):
+            x + x.to("cuda:1")
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, device="cuda", generator=torch.Generator())
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        assert (x + torch.tensor(1.0)).device == x.device and x.cpu().numpy().sum() == 4

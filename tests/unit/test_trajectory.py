@@ -1,0 +1,37 @@
+"""What the code learns is what gainlora/pins.json holds; its hash is the learning version."""
+
+import json
+
+import pytest
+
+from gainlora.version import PINS, learning_version
+from tests.trajectory import cases, differences, outcome, run, write_inputs
+
+PINNED = json.loads(PINS.read_text())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trajectory")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
+def test_a_short_trajectory_learns_the_pinned_numbers(inputs, case):
+    assert differences(PINNED[case.pinned_as], outcome(run(inputs, case))) == []
+
+
+def test_every_pin_has_its_case():
+    assert PINNED.keys() == {case.pinned_as for case in cases()}
+
+
+def test_a_difference_beyond_rounding_is_named():
+    pinned = {"R": [[1.0, 20.0]], "A": [[12, 3.0]]}
+    assert differences(pinned, {"R": [[1.0, 20.0001]], "A": [[12, 3.00001]]}) == []
+    assert differences(pinned, {"R": [[1.0, 20.01]], "A": [[12, 3.0]]}) == ["R[0][1]: pinned 20.0, found 20.01"]
+    assert differences(pinned, {"R": [[1.0, 20.0]]}) and differences(pinned, {"R": [[1.0]], "A": [[12, 3.0]]})
+
+
+def test_the_learning_version_is_a_short_hash():
+    assert len(learning_version()) == 12 and int(learning_version(), 16)
