@@ -17,8 +17,8 @@ from typing import Any
 from gainlora import io
 from gainlora.runs.records import Record, read_run, train_records
 
-STAGES = {"embedded": ["fetch", "embedded"]} | {f"order{i}": [f"paper/dvc.yaml:order{i}"] for i in range(1, 5)}
-"""Order -> stages whose outputs its published files are."""
+STAGES = {"embedded": (".", "fetch", "embedded")} | {f"order{i}": ("paper", f"order{i}") for i in range(1, 5)}
+"""Order -> folder of its DVC project, and stages whose outputs its published files are."""
 Versions = dict[str, tuple[str, bool]]
 """DVC-tracked path -> (md5 of its present content, whether DVC recorded another one)."""
 
@@ -80,12 +80,13 @@ def publish(order: str, run_folder: Path) -> list[str]:
     if not in_project():
         return ["no git repository here, so DVC does not record the result; `git init` and `dvc commit` would"]
     # waits for a `dvc repro` beside it, which gives up the lock while its stages run
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "--force", *STAGES[order]]
+    folder, *stages = STAGES[order]
+    command = [sys.executable, "-m", "dvc", "--cd", folder, "--wait-for-lock", "commit", "--force", *stages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return []
     reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
-    return [f"dvc commit failed ({' '.join(reason)}); run it by hand: dvc commit -f {' '.join(STAGES[order])}"]
+    return [f"dvc commit failed ({' '.join(reason)}); run it by hand: dvc --cd {folder} commit -f {' '.join(stages)}"]
 
 
 def curves(run: Record) -> dict[str, list[dict[str, Any]]]:

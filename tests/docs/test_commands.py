@@ -20,7 +20,7 @@ NOT_RUN = {
     r"make test": "it is what runs this",
     r"gainlora (fetch|run embedded --model) gemma-3-270m": "downloads 238 MB",
     r"gainlora fetch cl-benchmark.*": "downloads, or needs a copy of the benchmark",
-    r"(dvc repro (paper/dvc.yaml:)?|gainlora run |run=\$\(gainlora run )order\d.*": "needs data, a GPU and days",
+    r"(cd paper && dvc repro |gainlora run |run=\$\(gainlora run )order\d.*": "needs data, a GPU and days",
     r".*--model \w+/.*|gainlora push .*": "the hub",
     r"(gainlora|prefect deployment run) sweep .*": "many runs: tests/integration/test_sweep.py has few",
     r"accelerate launch .*|sbatch .*": "several machines",
