@@ -13,7 +13,7 @@ from prefect.states import Completed
 
 from flows.continual import FlowLog, ended, failed, prefect_call
 from gainlora.config import load_settings
-from gainlora.data.tasks import FILES
+from gainlora.data.formats import SUFFIXES, Source
 from gainlora.errors import GainLoRAError, RetryableError
 from gainlora.runs.grow import extended
 from gainlora.runs.run import Run
@@ -41,15 +41,18 @@ def learn(run: str, task: str | None = None) -> Any:
 
 @flow(name="inbox", validate_parameters=True)
 def inbox(folder: str = "inbox") -> Any:
-    """Learn every complete task in inbox/LINEAGE/: a task's folder, or a file of one.
+    """Learn every complete task in inbox/LINEAGE/: a folder or a file, in any format of docs/tasks.md.
 
     A learned task moves to inbox/LINEAGE/done/, one that cannot be learned to inbox/LINEAGE/failed/ with the reason
     beside it. Tasks of one lineage are learned one after another. Copy a task under a name that starts with a dot and
     rename it; otherwise it is taken once it has not changed for `SETTLED` seconds. Tasks of a locked run wait.
     """
-    outcomes = []
+    outcomes, waiting = [], []
     for dropped in sorted(Path(folder).glob("[!.]*/[!.]*")):
-        if dropped.name in (DONE, FAILED) or not is_settled(dropped):
+        if dropped.name in (DONE, FAILED):
+            continue
+        if reason := incomplete(dropped):
+            waiting.append(f"{dropped}: {reason}")
             continue
         try:
             learn_task(dropped.parent.name, dropped)
@@ -61,7 +64,7 @@ def inbox(folder: str = "inbox") -> Any:
             where, reason = FAILED, str(error)
         put_away(dropped, where, reason)
         outcomes.append((where, f"{dropped}: {reason}"))
-    message = "; ".join(line for _, line in outcomes) or "no complete task"
+    message = "; ".join([line for _, line in outcomes] + waiting) or "the inbox is empty"
     return failed(message) if FAILED in dict(outcomes) else Completed(message=message)
 
 
@@ -90,13 +93,19 @@ def learn_task(run: str, source: Path | None) -> dict[str, Any]:
         return learn_recorded(longer, settings, [FlowLog(settings.report.decimals)], call=prefect_call)
 
 
-def is_settled(dropped: Path) -> bool:
-    """Whether a task is complete and has not changed for a while. A file dated in the future counts as old."""
-    files = [dropped / name for name in FILES] if dropped.is_dir() else [dropped]
-    if not all(file.is_file() for file in files) or (dropped.is_file() and dropped.suffix != ".json"):
-        return False
+def incomplete(dropped: Path) -> str | None:
+    """Why a task has to wait; None: it is complete and settled. A file dated in the future counts as old."""
+    if dropped.is_file() and dropped.suffix not in SUFFIXES:
+        return f"waits: not a task's file ({', '.join(SUFFIXES)})"
+    try:
+        lacking = Source.of(dropped).lacks()
+    except GainLoRAError:
+        return None  # learning it says what is wrong
+    if lacking:
+        return f"waits for {', '.join(lacking)}"
+    files = [path for path in (dropped, *dropped.rglob("*")) if path.is_file()]
     age = time.time() - max(file.stat().st_mtime for file in files)
-    return age < 0 or age > SETTLED
+    return "waits: it may still be written" if 0 <= age <= SETTLED else None
 
 
 def put_away(dropped: Path, where: str, reason: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -87,10 +88,14 @@ def test_the_inbox(served, lineage):
     of a busy run stay."""
     inbox, busy = served.folder / "inbox" / lineage, served.folder / "inbox" / "busy"
     shutil.copytree(served.folder / "runs" / lineage, served.folder / "runs" / "busy")
-    for place in (inbox / "task3", inbox / "task4", inbox / "half", inbox / "task1", busy / "task3", inbox / ".hidden"):
+    for place in (inbox / "task3", inbox / "half", inbox / "task1", busy / "task3", inbox / ".hidden"):
         shutil.copytree(served.folder / "data" / "tiny" / "task3", place)
     (inbox / "half" / "test.json").unlink()
-    for file in inbox.parent.rglob("*.json"):
+    rows = json.loads((inbox / "task3" / "train.json").read_text())["Instances"]
+    pytest.importorskip("pandas").DataFrame([{"text": r["input"], "label": r["output"]} for r in rows]).to_csv(
+        inbox / "task4.csv", index=False
+    )
+    for file in filter(Path.is_file, inbox.parent.rglob("*")):
         os.utime(file, (time.time() - 60,) * 2)
     with lock(served.folder / "runs" / "busy" / ".lock", "this run"):
         served("prefect", "deployment", "run", "inbox-watch", "--watch", code=1)
@@ -98,10 +103,11 @@ def test_the_inbox(served, lineage):
     assert (
         state["type"] == "FAILED" and f"{lineage}/task1: inbox/{lineage}/task1: 'task1' is known to" in state["message"]
     )
+    assert "half: waits for test.json" in state["message"]
     left = sorted(str(p.relative_to(inbox.parent)) for p in inbox.parent.glob("*/*"))
     assert left == sorted([f"{lineage}/{n}" for n in (".hidden", "done", "failed", "half")] + ["busy/task3"])
     assert "is known to" in (inbox / "failed" / "task1.txt").read_text()
-    assert sorted(path.name for path in (inbox / "done").iterdir()) == ["task3", "task4"]
+    assert sorted(path.name for path in (inbox / "done").iterdir()) == ["task3", "task4.csv"]
     assert tasks(served, lineage) == ["task1", "task2", "task3", "task4"]
     assert recorded(served, head(served, lineage))[:2] == ("FINISHED", 4)
 

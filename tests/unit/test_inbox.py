@@ -6,7 +6,7 @@ import time
 import pytest
 
 pytest.importorskip("prefect")
-from flows.grow import FAILED, SETTLED, is_settled, put_away
+from flows.grow import FAILED, SETTLED, incomplete, put_away
 
 
 def write(path, age=SETTLED + 1):
@@ -18,15 +18,31 @@ def write(path, age=SETTLED + 1):
 
 def test_only_whole_and_settled_tasks_are_taken(tmp_path):
     task = write(tmp_path / "task" / "train.json").parent
-    assert not is_settled(task)
+    assert incomplete(task) == "waits for test.json"
     write(task / "test.json")
-    assert is_settled(task)
+    assert incomplete(task) is None
     write(task / "test.json", age=0)
-    assert not is_settled(task)
-    assert is_settled(write(tmp_path / "one.json"))
-    assert is_settled(write(tmp_path / "future.json", age=-3600))
-    assert not is_settled(write(tmp_path / "growing.json", age=0))
-    assert not is_settled(write(tmp_path / "notes.txt"))
+    assert "may still be written" in incomplete(task)
+    for name in ("one.json", "one.csv", "one.parquet", "trace/test.jsonl"):
+        dropped = write(tmp_path / name)
+        if dropped.parent != tmp_path:
+            dropped = write(dropped.with_name("train.csv")).parent
+        assert incomplete(dropped) is None, name
+    assert incomplete(write(tmp_path / "future.json", age=-3600)) is None
+    assert "may still be written" in incomplete(write(tmp_path / "growing.json", age=0))
+    assert "not a task's file" in incomplete(write(tmp_path / "notes.txt"))
+    (tmp_path / "empty").mkdir()
+    assert incomplete(tmp_path / "empty") == "waits for train.json, test.json"
+
+
+def test_a_saved_data_set_is_a_task(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "a", "label": "b"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    assert "may still be written" in incomplete(tmp_path / "saved")
+    for file in filter(os.path.isfile, (tmp_path / "saved").rglob("*")):
+        os.utime(file, (time.time() - SETTLED - 1,) * 2)
+    assert incomplete(tmp_path / "saved") is None
 
 
 def test_a_failure_lies_beside_its_reason_and_replaces_an_earlier_one(tmp_path):
