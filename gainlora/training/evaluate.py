@@ -36,12 +36,12 @@ def answer_batch(
         rows: B examples with prompt_ids.
 
     Raises:
-        GainLoRAError: the GPU's memory does not hold one row; or not all of them, with several processes.
+        GainLoRAError: the GPU's memory does not hold one row; or not all of them, if the base is sharded.
     """
     try:
         return _generate(model, tokenizer, rows, max_new_tokens, num_beams)
     except torch.OutOfMemoryError:
-        if len(rows) == 1 or distributed.count() > 1:  # others may wait for this process
+        if len(rows) == 1 or distributed.sharded():  # the others wait for this process
             raise GainLoRAError(
                 f"evaluate.batch_size: {len(rows)}: the GPU's memory does not hold that many prompts; lower it or "
                 "data.max_prompt_tokens."

@@ -192,42 +192,67 @@ def _add_gradients(model: GainLoRAModel, examples: list[dict[str, Any]], size: i
         This process's part of the loss and of the sum of the new branch's coefficients (2,), on the device; and the
         micro-batch size, which is halved whenever a GPU runs out of memory.
     """
-    tokens = sum(len(e["target_ids"]) for e in examples)
     random = random_states()
-    while True:
-        measured = torch.zeros(2, device=model.device)
-        share = min(size, math.ceil(len(examples) / distributed.count()))
-        try:
-            for micro, counts in distributed.split(_split(examples, share)):
-                batch = collate(micro, pad_id, model.encoder_decoder, targets=True)
-                part = target_loss(model, batch, model.encoder_decoder) / tokens * counts
-                part.backward()
-                measured[0] += part.detach()
-                if (a := model.integration.coefficients) is not None:  # (B, T)
-                    measured[1] += a[:, -1].detach().sum() * counts
-            return measured, size
-        except torch.OutOfMemoryError:
-            if share == 1 or distributed.count() > 1:  # other processes may be in the middle of a message
-                smaller = "set train.gradient_checkpointing, or lower data.max_prompt_tokens"
-                raise GainLoRAError(
-                    f"train.micro_batch_size: {share}: the GPU's memory does not hold that many examples; "
-                    f"{'lower it' if share > 1 else smaller}; the same command continues from the last checkpoint."
-                ) from None
-        size = share // 2
-        logging.getLogger(__name__).warning("out of memory: micro-batches of %d examples from here on", size)
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        set_random_states(random)
+    while (measured := _added(model, examples, size, pad_id)) is None:
+        size = min(size, math.ceil(len(examples) / distributed.count()))
+        if distributed.count() > 1:  # the others go on with theirs
+            raise _too_little_memory(size)
+        size = _halved(model, size, random)
+    return measured, size
+
+
+def _added(model: GainLoRAModel, examples: list[dict[str, Any]], size: int, pad_id: int) -> Tensor | None:
+    """Add the gradient in micro-batches of one size; None if the GPU's memory does not hold it."""
+    tokens = sum(len(e["target_ids"]) for e in examples)
+    share = min(size, math.ceil(len(examples) / distributed.count()))
+    measured = torch.zeros(2, device=model.device)
+    try:
+        for micro, counts in distributed.split(_split(examples, share)):
+            batch = collate(micro, pad_id, model.encoder_decoder, targets=True)
+            part = target_loss(model, batch, model.encoder_decoder) / tokens * counts
+            part.backward()
+            measured[0] += part.detach()
+            if (a := model.integration.coefficients) is not None:  # (B, T)
+                measured[1] += a[:, -1].detach().sum() * counts
+    except torch.OutOfMemoryError:
+        if distributed.sharded():  # the others wait for this process in the middle of a pass
+            raise _too_little_memory(share) from None
+        return None
+    return measured
+
+
+def _halved(model: GainLoRAModel, size: int, random: Any) -> int:
+    """Half a micro-batch that was too large, with all as it was before it."""
+    if size == 1:
+        raise _too_little_memory(size)
+    logging.getLogger(__name__).warning("out of memory: micro-batches of %d examples from here on", size // 2)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    set_random_states(random)
+    return size // 2
+
+
+def _too_little_memory(size: int) -> GainLoRAError:
+    smaller = "lower it" if size > 1 else "set train.gradient_checkpointing, or lower data.max_prompt_tokens"
+    return GainLoRAError(
+        f"train.micro_batch_size: {size}: the GPU's memory does not hold that many examples; {smaller}; the same "
+        "command continues from the last checkpoint."
+    )
 
 
 def _try_longest(model: GainLoRAModel, rows: Any, size: int, pad_id: int) -> int:
-    """On a GPU, the micro-batch size that its memory allows for the longest examples: found now, not after hours."""
+    """On GPUs, the micro-batch size that the memory of all of them allows for the longest examples: found now, not after
+    hours."""
     if model.device.type != "cuda":
         return size
     lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
-    longest = sorted(range(len(rows)), key=lengths.__getitem__)[-size * distributed.count() :]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     random = random_states()
-    _, size = _add_gradients(model, [rows[i] for i in longest], size, pad_id)
+    while True:
+        longest = [rows[i] for i in order[-size * distributed.count() :]]
+        if all(distributed.all_gather([_added(model, longest, size, pad_id) is not None])):
+            break
+        size = _halved(model, size, random)
     model.zero_grad(set_to_none=True)
     set_random_states(random)
     return size

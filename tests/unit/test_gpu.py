@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 
+from gainlora import distributed
 from gainlora.errors import GainLoRAError
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import device_name, pick_dtype
@@ -72,6 +74,32 @@ def test_a_gpu_too_small_for_one_example_ends_with_the_remedy(tmp_path, monkeypa
     monkeypatch.setattr(train, "target_loss", target_loss)
     with FakeGPU(), pytest.raises(GainLoRAError, match=r"micro_batch_size: 1: .*; set train\.gradient_checkpointing"):
         learn(project(tmp_path, "llama", count=1))
+
+
+@pytest.mark.parametrize("mine, peer", [([False, True], [True, True]), ([True, True], [False, True])])
+def test_several_processes_halve_their_micro_batches_together(monkeypatch, mine, peer):
+    """Whichever of two GPUs has too little memory; before the first step, while no message is under way."""
+    model = GainLoRAModel(tiny_llama(), GainLoRAConfig("tiny", rank=2, alpha=4))
+    rows = Dataset.from_list([{"prompt_ids": [5] * n, "target_ids": [6]} for n in range(1, 17)])
+    tried, peers, fits = [], iter(peer), iter(mine)
+
+    def target_loss(model, batch, _):
+        tried.append(len(batch["input_ids"]))
+        if not next(fits):
+            raise torch.OutOfMemoryError
+        return torch.ones((), device=model.device, requires_grad=True)
+
+    monkeypatch.setattr(train, "target_loss", target_loss)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "index", lambda: 0)
+    monkeypatch.setattr(distributed, "all_gather", lambda values: [*values, next(peers)])
+    with FakeGPU():
+        assert train._try_longest(model.to("cuda"), rows, 8, 0) == 4
+        assert tried == [8, 4]
+        monkeypatch.setattr(distributed, "sharded", lambda: True)  # there a pass itself exchanges messages
+        fits = iter([False])
+        with pytest.raises(GainLoRAError, match="micro_batch_size: 8: .*; lower it"):
+            train._try_longest(model, rows, 8, 0)
 
 
 def test_dtypes_in_which_nothing_can_be_learned_are_refused_by_name():
