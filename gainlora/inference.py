@@ -34,6 +34,7 @@ class Predictor:
         model, self.tokenizer = load_base(learned.base(base), dtype, device_map)
         place(model, device_map)
         self.model = GainLoRAModel.from_pretrained(learned.folder, model)
+        self.model.tf32 = self.config.model.tf32
         self._lock = threading.Lock()  # the model holds the coefficients of one batch
 
     @property

@@ -46,6 +46,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. `auto`: bfloat16 where the device computes in it, float32 elsewhere.
     Branches, gates, bases and covariances are float32 in every case."""
+    tf32: bool = False
+    """On a GPU, multiply a float32 base's matrices as TF32 (10 bits), several times faster. Branches, gates, bases and
+    covariances stay exact; gradients are rounded."""
     device_map: Literal["auto"] | None = None
     """`auto`: one process spreads the base over its GPUs, some layers on each; null: all of it on the first."""
 

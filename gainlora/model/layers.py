@@ -21,7 +21,6 @@ LoRA: Hu et al. (ICLR 2022). Integration: GainLoRA (NeurIPS 2025), equation of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gainlora.errors import GainLoRAError
+from gainlora.model.precision import exact_products
 
 ALIGNED = 8
 """K is a multiple of this: tensor cores read rows of 16 bytes."""
@@ -111,12 +111,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.bfloat16 else a @ b
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the dtypes given."""
-    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
 def _scaled(h: Tensor, c: Tensor | float, dtype: torch.dtype) -> Tensor:
     """h * c in another dtype, by one kernel."""
     return torch.mul(h, c, out=torch.empty_like(h, dtype=dtype))
@@ -152,7 +146,7 @@ class Branches(torch.autograd.Function):
             of `weights.A`, and then their B (d_out, r); none if no branch is being learned.
         """
         es, new_As = tensors[:count], tensors[count : 2 * count]
-        with _no_autocast(x.device):
+        with exact_products(x.device):
             h = _add(es, x, weights, c)
         rank = len(new_As[0]) if new_As else 0
         needs_A, needs_B = any(ctx.needs_input_grad[6 + count : 6 + 2 * count]), bool(new_As)
@@ -173,7 +167,7 @@ class Branches(torch.autograd.Function):
         c, weights, new, count = ctx.c, ctx.weights, ctx.columns, len(grads)
         narrow = weights.parts is not None
         working = ctx.dtype if narrow else weights.A.dtype  # of the products
-        with _no_autocast(grads[0].device):
+        with exact_products(grads[0].device):
             wide = [g.flatten(0, 1).to(working) for g in grads]  # (N, d_out)
             Bs = weights.B if narrow else weights.exact_B
             parts = [_product(g, B.T) for g, B in zip(wide, Bs, strict=True)]  # (N, K)
@@ -284,7 +278,8 @@ class Group:
         columns = first.integration.columns(len(x), first.rank, first.scaling, self.A.shape[1], x.device)
         c, newest = (first.scaling, None) if columns is None else columns
         if not torch.is_grad_enabled():
-            _add(es, x, weights, c)
+            with exact_products(x.device):
+                _add(es, x, weights, c)
             return es
         learned: list[Tensor] = []
         if first.new_B is not None:

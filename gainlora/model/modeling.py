@@ -10,7 +10,7 @@ computes them once and reuses them for every new token. No task id is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from inspect import signature
@@ -24,6 +24,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.gate import Gate, GateWeights, widths
 from gainlora.model.layers import GatedLoRALinear, Group, Integration
+from gainlora.model.precision import float32_products
 from gainlora.model.router import Router
 from gainlora.model.subspace import Basis, empty_basis
 from gainlora.model.targets import Inputs, find_targets, group_layers_by_input
@@ -75,6 +76,7 @@ class GainLoRAModel(nn.Module):
         self.encoder_decoder: bool = base.config.is_encoder_decoder
         self.gate: Gate | None = None  # the gate being learned
         self.gates: GateWeights | None = None  # frozen gates of learned tasks
+        self.tf32 = False  # on GPUs, float32 products of the base as TF32; branches, gates and bases stay exact
         self.task: int | None = None  # integration `single`: 0-based index of the branch to use
         self.router: Router | None = None
         if config.integration == "routed":
@@ -174,6 +176,10 @@ class GainLoRAModel(nn.Module):
         finally:
             self.integration.off = False
 
+    def base_products(self) -> AbstractContextManager[None]:
+        """For passes through the base, forward and backward: its products as TF32 if `tf32` is set."""
+        return float32_products("ieee", "tf32") if self.tf32 else nullcontext()
+
     # -- coefficients ---------------------------------------------------------------------------------------
 
     def pool(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -201,7 +207,7 @@ class GainLoRAModel(nn.Module):
             extra["position_ids"] = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         if "logits_to_keep" in self._accepted:
             extra["logits_to_keep"] = 1
-        with self.branches_off():
+        with self.branches_off(), self.base_products():
             output = self.base(input_ids=input_ids, attention_mask=prompt_mask, **extra)
         hidden = output.encoder_last_hidden_state if self.encoder_decoder else output.hidden_states[-1]
         mask = prompt_mask.unsqueeze(-1).float()  # (B, S, 1)
@@ -260,7 +266,8 @@ class GainLoRAModel(nn.Module):
         if "position_ids" not in self._accepted:  # positions from the mask, or none (ALiBi, state spaces)
             kwargs.pop("position_ids", None)
         keep = 0 if "logits_to_keep" in self._accepted else kwargs.pop("logits_to_keep", 0)
-        output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        with self.base_products():
+            output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if keep:
             output.logits = output.logits[:, -keep:]
         if not torch.is_grad_enabled():  # kept for backward: gradient checkpointing needs them again
@@ -281,7 +288,8 @@ class GainLoRAModel(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         self.integration.coefficients = self.coefficients(input_ids, attention_mask)
         try:
-            return cast(Tensor, self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
+            with self.base_products():
+                return cast(Tensor, self.base.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs))
         finally:
             self.integration.coefficients = None
 

@@ -13,14 +13,14 @@ Tensors only, no models. Projections are two thin products; no (d, d) projector 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gainlora.errors import GainLoRAError
+from gainlora.model.precision import float32_products
 
 Basis = tuple[Tensor, ...]
 """Orthonormal columns per block of inputs: block j is (d / b, k_j). One block unless d is split."""
@@ -55,7 +55,9 @@ class Covariance:
         """Add the rows of x (n, d)."""
         rows = x.to(torch.float32).reshape(len(x), *self.total.shape[:2])  # (n, b, d/b)
         half = rows.shape[2] // 2
-        with _exact_products(x.dtype):
+        # bfloat16 rows as bfloat16 (CPU) or TF32 (GPU), which is exact for them and several times faster than float32
+        narrow = x.dtype == torch.bfloat16
+        with float32_products(*("bf16", "tf32") if narrow else ("ieee", "ieee")):
             for total, block in zip(self.total, rows.unbind(1), strict=True):
                 # C is symmetric: three quarters of it are computed, `matrices` mirrors the rest
                 first, second = block[:, :half], block[:, half:]
@@ -80,21 +82,6 @@ class Covariance:
         half = self.total.shape[1] // 2
         self.total[:, :half, half:] = self.total[:, half:, :half].mT
         return self.total / self.count
-
-
-@contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply bfloat16 inputs as bfloat16 (CPU) or TF32 (GPU), which is exact for them and several times faster than
-    float32; others as float32, whatever the process allows elsewhere. Sums remain float32."""
-    narrow = dtype == torch.bfloat16
-    cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch's stubs lack it
-    gpu: Any = torch.backends.cuda.matmul
-    before = cpu.fp32_precision, gpu.fp32_precision
-    cpu.fp32_precision, gpu.fp32_precision = ("bf16", "tf32") if narrow else ("ieee", "ieee")
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, gpu.fp32_precision = before
 
 
 def threshold_at(threshold: float, task: int, horizon: int) -> float:

@@ -40,6 +40,7 @@ UNUSED = {
 those of the step."""
 
 DEFAULTS = (
+    ("model", "tf32", False),
     ("data", "template", None),
     ("data", "instruction", "task"),
     ("data", "replay", 0.0),

@@ -84,7 +84,7 @@ class ContinualLearner:
             check_behavior(self.model, self.tokenizer.pad_token_id)
         else:
             self.model = GainLoRAModel.from_pretrained(adapter, model).eval()
-        self.cache = cache
+        self.model.tf32, self.cache = self.config.model.tf32, cache
         self.callbacks: Sequence[Callback] = (Console(),) if callbacks is None else callbacks
         self.stage: Literal["ready", "begun", "trained"] | None = "ready"
         """None: learning a task failed midway, and the model is unusable."""

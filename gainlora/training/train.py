@@ -210,7 +210,8 @@ def _added(model: GainLoRAModel, examples: list[dict[str, Any]], size: int, pad_
         for micro, counts in distributed.split(_split(examples, share)):
             batch = collate(micro, pad_id, model.encoder_decoder, targets=True)
             part = target_loss(model, batch, model.encoder_decoder) / tokens * counts
-            part.backward()
+            with model.base_products():
+                part.backward()
             measured[0] += part.detach()
             if (a := model.integration.coefficients) is not None:  # (B, T)
                 measured[1] += a[:, -1].detach().sum() * counts
@@ -241,8 +242,7 @@ def _too_little_memory(size: int) -> GainLoRAError:
 
 
 def _try_longest(model: GainLoRAModel, rows: Any, size: int, pad_id: int) -> int:
-    """On GPUs, the micro-batch size that the memory of all of them allows for the longest examples: found now, not after
-    hours."""
+    """On GPUs, the micro-batch size for which each has memory at the longest examples: found now, not after hours."""
     if model.device.type != "cuda":
         return size
     lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]

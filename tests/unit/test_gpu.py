@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from gainlora import distributed
 from gainlora.errors import GainLoRAError
+from gainlora.model import gate, layers, subspace
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import device_name, pick_dtype
 from gainlora.model.modeling import GainLoRAModel
@@ -49,6 +50,32 @@ def test_bfloat16_on_a_gpu_learns_what_it_learns_on_the_cpu(tmp_path):
     with FakeGPU():
         found = losses(learn_anew(root, **options))
     assert found == pytest.approx(expected, rel=0.02) and found != expected
+
+
+def test_tf32_is_for_the_base_alone(tmp_path, monkeypatch):
+    """Products of branches, gates and bases stay float32; the process's own setting is put back."""
+    setting, seen = torch.backends.cuda.matmul, {}
+
+    def spy(owner, name, part):
+        real = getattr(owner, name)
+
+        def called(*args, **kwargs):
+            seen.setdefault(part, set()).add(setting.fp32_precision)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, called)
+
+    spy(torch.nn.Linear, "forward", "base")
+    spy(layers, "_product", "gradients of branches")
+    spy(layers.Weights, "project", "branches")
+    spy(gate, "project_out", "gates")
+    spy(gate.GateWeights, "coefficients", "frozen gates")
+    spy(subspace, "principal_directions", "bases")
+    before = setting.fp32_precision
+    with FakeGPU():
+        learn(project(tmp_path, "llama", count=2), model__tf32=True, model__dtype="float32")
+    assert "tf32" in seen.pop("base") and setting.fp32_precision == before
+    assert len(seen) == 5 and "tf32" not in set.union(*seen.values())
 
 
 def losses(run):
@@ -98,7 +125,7 @@ def test_several_processes_halve_their_micro_batches_together(monkeypatch, mine,
         assert tried == [8, 4]
         monkeypatch.setattr(distributed, "sharded", lambda: True)  # there a pass itself exchanges messages
         fits = iter([False])
-        with pytest.raises(GainLoRAError, match="micro_batch_size: 8: .*; lower it"):
+        with pytest.raises(GainLoRAError, match=r"micro_batch_size: 8: .*; lower it"):
             train._try_longest(model, rows, 8, 0)
 
 

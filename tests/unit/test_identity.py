@@ -20,6 +20,7 @@ ANOTHER: dict[str, object] = {
     "order.template": "superni",
     "order.metric": "rouge_l",
     "model.dtype": "bfloat16",
+    "model.tf32": True,
     "data.max_prompt_tokens": 31,
     "data.max_target_tokens": 3,
     "data.protocol": "published",
