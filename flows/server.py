@@ -39,8 +39,6 @@ def environment(url: str | None = None) -> dict[str, str]:
     """
     values = dict(os.environ)
     values.setdefault("PREFECT_HOME", str(HOME.resolve()))
-    # On shared cores OpenMP's busy waiting is expensive: a step of 18 s took minutes.
-    values.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     values |= {
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -44,7 +44,7 @@ class Commands(TyperGroup):
         # by default SIGTERM and SIGHUP end Python without cleaning up; what is ignored (nohup) stays ignored
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-        quiet_libraries()
+        set_up_libraries()
         try:
             with resent():
                 return super().invoke(ctx)
@@ -99,8 +99,8 @@ def main(
         print(ctx.get_help())
 
 
-def quiet_libraries() -> None:
-    """Silence log lines and progress bars of other libraries, except errors."""
+def set_up_libraries() -> None:
+    """Before they are imported: silence their log lines and progress bars, except errors."""
     import logging
     import os
 
@@ -113,6 +113,8 @@ def quiet_libraries() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "TOKENIZERS_PARALLELISM": "false",
+        # OpenMP's threads wait for each other in busy loops: beside another process on two cores, a step of 0.5 s took 20 s
+        "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(variable, value)
     for name in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "alembic", "mlflow", "accelerate", "torch"):
