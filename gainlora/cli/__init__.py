@@ -113,7 +113,7 @@ def set_up_libraries() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "TOKENIZERS_PARALLELISM": "false",
-        # OpenMP's threads wait for each other in busy loops: beside another process on two cores, a step of 0.5 s took 20 s
+        # OpenMP's threads wait for each other in busy loops: beside another process, a step of 0.5 s took 20 s
         "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(variable, value)
