@@ -218,7 +218,7 @@ def _ended(todo: Sequence[Experiment], results: Path | None, jobs: int) -> Gener
             time.sleep(0.2)
     finally:
         for _, process, _ in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which a sweep in the background of a script hands on as ignored
         deadline = time.monotonic() + GRACE
         for _, process, _ in running.values():
             try:

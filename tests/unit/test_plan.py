@@ -79,7 +79,8 @@ def test_wrong_plans_are_refused_before_anything_runs(given, message):
     assert message in str(error.value)
 
 
-FAKE = """import pathlib, sys, time
+FAKE = """import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 words = sys.argv[1:]
 method, results = words[words.index("--method") + 1], pathlib.Path("started")
 results.mkdir(exist_ok=True)
@@ -121,6 +122,8 @@ def test_a_failed_run_stops_no_other(fake_runs, capsys):
 
 
 def test_an_interrupted_sweep_ends_its_runs_and_starts_no_other(fake_runs):
+    """Also in the background of a script, where SIGINT is ignored, by its runs, too."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     chosen = plans.experiments(["tiny"], ["seqlora", "ewc"], [1])
     previous = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     signal.setitimer(signal.ITIMER_REAL, 3)
@@ -130,6 +133,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_starts_no_other(fake_runs):
             plans.run_all(chosen, None, jobs=1)
     finally:
         signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 20
     names = [path.name for path in Path("started").iterdir()]
     assert "seqlora-interrupted" in names and not any(name.startswith("ewc") for name in names)
