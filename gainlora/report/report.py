@@ -158,7 +158,7 @@ def _learning(page: Page, frame: Frame, groups: pd.DataFrame, decimals: int) -> 
         page.table(head, rows, numbers=3)
         page.note(
             "LA: mean score of each task just after it was learned. AIA: mean of AP after each task. FWT: what earlier "
-            "tasks changed on a task before it was learned. Intransigence: LA of `single` minus LA, at the same seeds. "
+            "tasks changed on a task before it was learned. Intransigence: LA of the method single minus LA, at the same seeds. "
             "General loss: rise over the base model on plain text that no task contains, nats a token; KL: divergence "
             "from the base model there. Top-1 and AUC: the coefficients as a router between tasks (share of prompts on "
             "which the task's own branch has the largest coefficient; 0.5 of AUC is chance)."
@@ -324,7 +324,7 @@ def _runs(page: Page, frame: Frame, decimals: int) -> None:
     for run_id, row in frame.runs.iterrows() if few else ():
         run_section(page, frame.records[run_id], row["name"], decimals)
     if not few:
-        page.note(f"With {DETAILED} runs or fewer (`gainlora report RUN ...`) each is shown in detail.")
+        page.note(f"With {DETAILED} runs or fewer (gainlora report RUN ...) each is shown in detail.")
 
 
 def _settings(
