@@ -8,6 +8,8 @@ from datasets import Dataset
 
 from gainlora import distributed
 from gainlora.errors import GainLoRAError
+from gainlora.export.saved import open_saved
+from gainlora.inference import Predictor
 from gainlora.model import gate, layers, subspace
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import device_name, pick_dtype
@@ -127,6 +129,16 @@ def test_several_processes_halve_their_micro_batches_together(monkeypatch, mine,
         fits = iter([False])
         with pytest.raises(GainLoRAError, match=r"micro_batch_size: 8: .*; lower it"):
             train._try_longest(model, rows, 8, 0)
+
+
+@pytest.mark.parametrize("method", ["gainlora-inflora", "routed-inclora"])
+def test_a_model_learned_on_a_cpu_answers_the_same_on_a_gpu(tmp_path, method):
+    run = learn(project(tmp_path, "llama", count=2), method=method)
+    prompts = ["the film was good Output:", "a game", "the song was slow and the end bad Output:"]
+    answers = Predictor(open_saved(run.folder)).answer(prompts)
+    with FakeGPU():
+        predictor = Predictor(open_saved(run.folder))
+        assert predictor.model.device.type == "cuda" and predictor.answer(prompts) == answers
 
 
 def test_dtypes_in_which_nothing_can_be_learned_are_refused_by_name():
