@@ -157,11 +157,12 @@ def _learning(page: Page, frame: Frame, groups: pd.DataFrame, decimals: int) -> 
         head = ["method", *SETTING, "LA", "AIA", "FWT", "intransigence", "general loss", "KL", "top-1", "AUC"]
         page.table(head, rows, numbers=3)
         page.note(
-            "LA: mean score of each task just after it was learned. AIA: mean of AP after each task. FWT: what earlier "
-            "tasks changed on a task before it was learned. Intransigence: LA of the method single minus LA, at the same "
-            "seeds. General loss: rise over the base model on plain text that no task contains, nats a token; KL: divergence "
-            "from the base model there. Top-1 and AUC: the coefficients as a router between tasks (share of prompts on "
-            "which the task's own branch has the largest coefficient; 0.5 of AUC is chance)."
+            "LA: mean score of each task just after it was learned. AIA: mean of AP after each task. FWT: what "
+            "earlier tasks changed on a task before it was learned. Intransigence: LA of the method single minus LA, "
+            "at the same seeds. General loss: rise over the base model on plain text that no task contains, nats a "
+            "token; KL: divergence from the base model there. Top-1 and AUC: the coefficients as a router between "
+            "tasks (share of prompts on which the task's own branch has the largest coefficient; 0.5 of AUC is "
+            "chance)."
         )
 
 
