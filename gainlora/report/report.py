@@ -235,12 +235,16 @@ def _gates(page: Page, frame: Frame) -> None:
 
 
 def _variants(page: Page, frame: Frame, decimals: int) -> None:
-    """Runs that differ only in the gate's constraints, or in one other option of it."""
-    tables = [(names, frame.families(names)) for names in (tuple(CONSTRAINTS), *((name,) for name in GATE_OPTIONS))]
-    tables = [(names, [family for family in found if family["gated"].iloc[0]]) for names, found in tables]
+    """Runs that differ only in the gate's constraints, or in one other option."""
+    single = [(name,) for name in (*GATE_OPTIONS, "train.learning_rate", "data.instruction")]
+    tables = [(names, frame.families(names)) for names in (tuple(CONSTRAINTS), *single)]
+    tables = [
+        (names, [family for family in found if family["gated"].iloc[0] or not names[0].startswith("gate.")])
+        for names, found in tables
+    ]
     if not any(found for _, found in tables):
         return
-    page.heading("Variants of the gate")
+    page.heading("Variants")
     page.note("Runs in one table differ in nothing but the options in its columns.")
     for varied, found in (table for table in tables if table[1]):
         known = any(frame.published_beside(group) is not None for family in found for group in family.index)
@@ -249,9 +253,9 @@ def _variants(page: Page, frame: Frame, decimals: int) -> None:
             for group, row in sorted(family.iterrows(), key=lambda item: _natural(item[1][[*varied]])):
                 cells = [named(row["plain"], row["differing"], *varied), row["order"], row["model"]]
                 cells += [*(row[name].strip('"') for name in varied), row["seeds"]]
-                cells += [spread(frame.measured(group, key), decimals) for key in ("AP", "FT")]
+                cells += [spread(frame.measured(group, key), decimals) for key in ("AP", "FT", "LA")]
                 rows.append(cells + (_paper_cells(frame.published_beside(group)) if known else []))
-        head = ["method", *SETTING, *varied, "seeds", "AP", "FT", *(["published AP", "published FT"] if known else [])]
+        head = ["method", *SETTING, *varied, "seeds", "AP", "FT", "LA", *(["published AP", "published FT"] if known else [])]
         page.heading("Constraints of the gate" if len(varied) > 1 else varied[0], 3)
         page.table(head, rows, numbers=3)
 

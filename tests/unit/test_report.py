@@ -230,12 +230,25 @@ def test_ablations_and_gate_options_are_tables_of_their_own(tmp_path: Path) -> N
     assert names(labelled, labelled.without_variants(CONSTRAINTS)) == ["gainlora-inflora"]
     assert len(labelled.without_variants(GATE_OPTIONS)) == 2
     rows = section(records, "Constraints of the gate")[1:]
-    assert [row[3:] for row in rows] == [
+    assert [row[3:-1] for row in rows] == [
         ["orthogonal", "true", "1", "70.0", "0.0"],
         ["open", "true", "1", "71.0", "0.0"],
     ]
     rows = section(records, "gate.hidden")[1:]
     assert [row[3:6] for row in rows] == [["10", "1", "72.0"], ["50", "1", "70.0"], ["200", "1", "73.0"]]
+
+
+def test_learning_rates_are_a_table_of_their_own_for_every_method(tmp_path: Path) -> None:
+    rates = (0.002, 0.0005)
+    records = [run(tmp_path, 80 + at, "seqlora", options={"train.learning_rate": r}) for at, r in enumerate(rates)]
+    records += [run(tmp_path, 70 + at, options={"train.learning_rate": r}) for at, r in enumerate(rates)]
+    rows = section([*records, run(tmp_path, 60, "olora")], "train.learning_rate")[1:]
+    found = {(row[0], *row[3:6]) for row in rows}
+    assert found == {
+        (method, rate, "1", f"{score}.0")
+        for method, first in (("gainlora-inflora", 70), ("seqlora", 80))
+        for rate, score in (("0.0005", first + 1), ("0.002", first))
+    }
 
 
 PAPER = {
