@@ -29,6 +29,7 @@ TINY = {
     "subspace": {"threshold": 0.8, "gate_threshold": 0.8, "max_examples": 8},
     "train": {"learning_rate": 0.02, "min_steps": None},
     "report": {"dpi": 40},
+    "promote": {"max_forgetting": None, "max_general_loss": None, "min_gain": None},  # what 8 examples teach is chance
 }
 """Laid over the copy's params.yaml."""
 FIRST = ("make serve", "make run", "make compare")

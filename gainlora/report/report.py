@@ -93,7 +93,11 @@ def _verdict(page: Page, frame: Frame, decimals: int) -> None:
             shown = f"95 % over seeds {interval(pair.difference, decimals)}" if low < high else "one seed"
             shown += f"; over examples {span(pair.examples, decimals)}"
             shown += "" if differs(pair.difference, pair.examples) else ": no difference shown"
-            texts.append(f"gates change AP of {pair.rule} by {_signed(pair.difference, decimals)} ({shown})")
+            FTs = (f"{pair.both[name].mean():.{decimals}f}" for name in ("FT_equal", "FT"))
+            texts.append(
+                f"the gates of {pair.name} change AP by {_signed(pair.difference, decimals)} ({shown}), "
+                f"FT from {' to '.join(FTs)}"
+            )
         page.note(f"{order}, {model}: {'; '.join(texts)}.")
 
 

@@ -130,8 +130,8 @@ def test_paired_differences_have_a_t_interval(tmp_path: Path) -> None:
     records += [run(tmp_path, 99, "inclora", 1)]  # without a gated partner
     # differences 10 and 14: mean 12, sd 2.83; t(0.975, 1) = 12.706; half width 12.706 * 2.83 / sqrt 2 = 25.4
     (row,) = section(records, "Gated against equal integration")[1:]
-    verdict = "gates change AP of inflora by +12.0 (95 % over seeds -13.4 to 37.4; over examples "
-    assert f"{verdict}0.0 to 0.0: no difference shown)" in report_page(records, 1).markdown
+    verdict = "the gates of gainlora-inflora change AP by +12.0 (95 % over seeds -13.4 to 37.4; over examples "
+    assert f"{verdict}0.0 to 0.0: no difference shown), FT from 5.0 to 2.0" in report_page(records, 1).markdown
     assert row[3:] == [
         "2 (1 of one side left out)",
         "70.0 ± 0.0",
