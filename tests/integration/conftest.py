@@ -67,7 +67,7 @@ class Project:
     def __call__(self, *command, code=0):
         """Run a command in the folder; its output, when its exit code is `code`."""
         process = self.start(*command)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=480)
         assert process.returncode == code, output
         return output
 
@@ -76,7 +76,7 @@ class Project:
         process = self.start(*command)
         self.wait_for(at, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def wait_for(self, pattern, process=None):
