@@ -67,8 +67,8 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """embedded gainlora-inflora+no-init 42"""
-        return f"{Path(self.order).stem} {'+'.join(filter(None, (self.config.method, self.label)))} {self.config.seed}"
+        """embedded/gainlora-inflora+no-init-smollm2-135m-42"""
+        return str(self.file(Path()).with_suffix(""))
 
     @property
     def command(self) -> list[str]:

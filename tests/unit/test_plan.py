@@ -29,20 +29,27 @@ def plan(*entries):
 
 def test_every_combination_and_a_plan_give_the_same_runs():
     found = plans.experiments(["tiny"], ["seqlora", "olora"], [1, 2])
-    assert [e.name for e in found] == ["tiny seqlora 1", "tiny seqlora 2", "tiny olora 1", "tiny olora 2"]
+    assert [e.name for e in found] == [
+        f"tiny/{method}-any-{seed}" for method in ("seqlora", "olora") for seed in (1, 2)
+    ]
     assert found == plans.experiments(plan=plan(ENTRY))
     for e in found:
         assert e.config == load_config("tiny", {"method": e.config.method, "seed": e.config.seed})
-    assert [e.name for e in plans.experiments(["tiny"])] == ["tiny gainlora-inflora 1"]  # params.yaml's
+    assert [e.name for e in plans.experiments(["tiny"])] == ["tiny/gainlora-inflora-any-1"]  # params.yaml's
 
 
 def test_a_choice_from_a_plan():
     options = {"train.epochs": 2, "lora.targets": ["q_proj"], "train.learning_rate": 1e-5}
     file = plan(ENTRY, {**ENTRY, "methods": ["olora"], "label": "long", "options": options})
     chosen = plans.experiments(methods=["olora"], seeds=[2], plan=file)
-    assert [e.name for e in chosen] == ["tiny olora 2", "tiny olora+long 2"]
+    assert [e.name for e in chosen] == ["tiny/olora-any-2", "tiny/olora+long-any-2"]
     assert chosen[1].config.train.epochs == 2
-    assert len({e.file(Path("results")) for e in plans.experiments(plan=file)}) == 6
+    several = plan(
+        ENTRY, {**ENTRY, "methods": ["olora"], "label": "long"}, {**ENTRY, "options": {"model.name": "other"}}
+    )
+    assert (
+        len({e.file(Path("results")) for e in plans.experiments(plan=several)}) == 10
+    )  # the model tells runs apart, too
     words = chosen[1].command  # as typed, it describes the same run
     sets = dict(word.partition("=")[::2] for word in words[words.index("--set") + 1 :: 2])
     given = {name: yaml.safe_load(value) for name, value in sets.items()}
@@ -55,12 +62,12 @@ def test_a_choice_from_a_plan():
         ({}, "orders: nothing to run"),
         ({"orders": ["tiny"], "methods": ["seqlor"]}, "method: 'seqlor' is unknown"),
         ({"orders": ["tiny", "tinny"]}, "no order 'tinny'; did you mean 'tiny'"),
-        ({"orders": ["tiny"], "seeds": [1, 1]}, "tiny gainlora-inflora 1: given twice"),
+        ({"orders": ["tiny"], "seeds": [1, 1]}, "tiny/gainlora-inflora-any-1: given twice"),
         ({"orders": ["tiny"], "overrides": {"train.epoch": 2}}, "train.epoch: unknown option; did you mean 'epochs'"),
         ({"plan": Path("none.yaml")}, "none.yaml: not found"),
         ({"plan": [ENTRY], "overrides": {"train.epochs": 2}}, "--set: train.epochs: not with a plan"),
         ({"plan": [ENTRY], "methods": ["ewc"]}, "methods: ewc is not in plan.yaml; known: olora, seqlora"),
-        ({"plan": [ENTRY, ENTRY]}, "tiny seqlora 1: given twice"),
+        ({"plan": [ENTRY, ENTRY]}, "tiny/seqlora-any-1: given twice"),
         ({"plan": ["tiny"]}, "plan.yaml: entry 1: options: got 'tiny', expected a section"),
         ({"plan": [{**ENTRY, "sedes": [1]}]}, "plan.yaml: entry 1: sedes: unknown option; did you mean 'seeds'"),
         ({"plan": [{"order": "tiny", "seeds": [1]}]}, "plan.yaml: entry 1: methods: missing"),
@@ -118,7 +125,7 @@ def test_a_failed_run_stops_no_other(fake_runs, capsys):
     assert lines[0] == "4 runs, 4 to do" and len(lines) == 5
     assert sum("| error: it does not work |" in line for line in lines) == 2
     assert sum("| AP 50.0 |" in line for line in lines) == 2
-    assert "2 of 4 runs failed" in err and "tiny ewc 1: .cache/sweep/tiny-ewc-1.log" in err
+    assert "2 of 4 runs failed" in err and "tiny/ewc-any-1: .cache/sweep/tiny-ewc-any-1.log" in err
 
 
 def test_an_interrupted_sweep_ends_its_runs_and_starts_no_other(fake_runs):
