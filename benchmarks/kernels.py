@@ -107,6 +107,7 @@ def training(model: Any, batch: dict[str, Tensor]) -> Count:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0) if parameter.requires_grad else None
+        model.zero_grad()
         with Count() as count:
             target_loss(model, batch, "decoder_input_ids" in model_inputs(model)).backward()
     return count
