@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import Row, machine
 
-GROUPS = ("training", "generation", "evaluation", "subspaces", "covariance", "orchestration", "gpu")
+GROUPS = ("training", "compiled", "generation", "evaluation", "subspaces", "covariance", "orchestration", "gpu")
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- made by python -m benchmarks: begin -->", "<!-- end -->"
 

@@ -79,6 +79,14 @@ class RunConfig(Settings):
             raise GainLoRAError(
                 f"method: {short_repr(self.method)} is unknown{why}; choose from {', '.join(rules.methods())}."
             )
+        for name, other in {
+            "model.tf32": self.model.tf32,
+            "model.device_map": self.model.device_map,
+            "train.gradient_checkpointing": self.train.gradient_checkpointing,
+            "launch.config": self.launch.config,
+        }.items():
+            if self.model.compile and other:
+                raise GainLoRAError(f"model.compile: not with {name}; set one of them to its default.")
         if self.train.keep == "best" and not self.data.validation:
             raise GainLoRAError(
                 "train.keep: best needs validation examples, and data.validation is 0; give it a fraction, or set "

@@ -49,6 +49,9 @@ class ModelConfig(Section):
     tf32: bool = False
     """On a GPU, multiply a float32 base's matrices as TF32 (10 bits), several times faster. Branches, gates, bases and
     covariances stay exact; gradients are rounded."""
+    compile: bool = False
+    """Train with torch.compile: minutes for each task's first step, then faster ones. Not with `tf32`, `device_map`,
+    `train.gradient_checkpointing` or FSDP."""
     device_map: Literal["auto"] | None = None
     """`auto`: one process spreads the base over its GPUs, some layers on each; null: all of it on the first."""
 

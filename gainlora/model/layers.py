@@ -237,6 +237,8 @@ class Group:
         # not under autocast, where x is float32; CPUs have no such product
         split = x.dtype == dtype and x.device.type != "cpu"
         first, cast = self.layers[0], self._cast
+        if torch.compiler.is_compiling() and cast is not None and cast.B[0].dtype == dtype:
+            return cast  # which GainLoRAModel.forward has brought up to date: compiled code cannot see versions
         learned = [] if first.new_B is None else [p for layer in self.layers for p in layer.learning]
         before, self._versions = self._versions, [p._version for p in learned]
         if cast is None or cast.B[0].dtype != dtype or (cast.parts is not None) != split:
@@ -273,7 +275,7 @@ class Group:
     def _all(self, x: Tensor) -> Sequence[Tensor]:
         first = self.layers[0]
         # GPT-2's Conv1D returns a view, into which nothing can be added in place
-        es = [e.clone() if e._is_view() else e for e in (layer.base(x) for layer in self.layers)]
+        es = [layer.base(x) if isinstance(layer.base, nn.Linear) else layer.base(x).clone() for layer in self.layers]
         weights = self.weights(x, es[0].dtype)
         columns = first.integration.columns(len(x), first.rank, first.scaling, self.A.shape[1], x.device)
         c, newest = (first.scaling, None) if columns is None else columns

@@ -76,6 +76,7 @@ class GainLoRAModel(nn.Module):
         self.encoder_decoder: bool = base.config.is_encoder_decoder
         self.gate: Gate | None = None  # the gate being learned
         self.gates: GateWeights | None = None  # frozen gates of learned tasks
+        self._compiled: Any = None  # the base's forward for training, see `compile_base`
         self.tf32 = False  # on GPUs, float32 products of the base as TF32; branches, gates and bases stay exact
         self.task: int | None = None  # integration `single`: 0-based index of the branch to use
         self.router: Router | None = None
@@ -180,6 +181,13 @@ class GainLoRAModel(nn.Module):
         """For passes through the base, forward and backward: its products as TF32 if `tf32` is set."""
         return float32_products("ieee", "tf32") if self.tf32 else nullcontext()
 
+    def compile_base(self, backend: str = "inductor") -> None:
+        """Compile the base with its branches for passes with gradients, by torch.compile, as they are now: again after
+        `start_branch`. All that torch has compiled in this process is dropped, since its number is limited. Not with
+        `tf32`: compiled products have one precision."""
+        torch.compiler.reset()
+        self._compiled = torch.compile(self.base.forward, dynamic=True, backend=backend)
+
     # -- coefficients ---------------------------------------------------------------------------------------
 
     def pool(self, input_ids: Tensor, prompt_mask: Tensor) -> Tensor:
@@ -266,8 +274,13 @@ class GainLoRAModel(nn.Module):
         if "position_ids" not in self._accepted:  # positions from the mask, or none (ALiBi, state spaces)
             kwargs.pop("position_ids", None)
         keep = 0 if "logits_to_keep" in self._accepted else kwargs.pop("logits_to_keep", 0)
+        run = self.base
+        if self._compiled is not None and torch.is_grad_enabled():
+            run = self._compiled
+            for layer in self.layers.values():
+                layer.group.weights(layer.weight, layer.weight.dtype)
         with self.base_products():
-            output = self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            output = run(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if keep:
             output.logits = output.logits[:, -keep:]
         if not torch.is_grad_enabled():  # kept for backward: gradient checkpointing needs them again

@@ -41,6 +41,7 @@ those of the step."""
 
 DEFAULTS = (
     ("model", "tf32", False),
+    ("model", "compile", False),
     ("data", "template", None),
     ("data", "instruction", "task"),
     ("data", "replay", 0.0),

@@ -117,6 +117,8 @@ def train_task(
     if settings.gradient_checkpointing:
         # reentrant checkpointing loses the coefficients' gradient
         model.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if config.model.compile:
+        model.compile_base()
     weight = config.rule.penalty_weight if settings.penalty_weight is None else settings.penalty_weight
     gate = [] if model.gate is None else list(model.gate.state_dict().values())
     # equal up to rounding on different kinds of machines

@@ -172,6 +172,7 @@ def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
 
 
 REFUSED = [
+    ({"model.compile": True, "model.tf32": True}, "model.compile: not with model.tf32; set one of them"),
     ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
     ({"method": "gainlora-seqlora"}, "nothing can weigh the branches of 'seqlora' by the prompt"),
     ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),

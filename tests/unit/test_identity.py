@@ -21,6 +21,7 @@ ANOTHER: dict[str, object] = {
     "order.metric": "rouge_l",
     "model.dtype": "bfloat16",
     "model.tf32": True,
+    "model.compile": True,
     "data.max_prompt_tokens": 31,
     "data.max_target_tokens": 3,
     "data.protocol": "published",
