@@ -14,7 +14,7 @@ TITLES = {"seqlora": "Sequential LoRA", "gainlora-inflora": "GainLoRA"}
 
 images = []
 for method, title in TITLES.items():
-    record = read_result_file(HERE.parents[1] / f"results/long5/{method}+lr1e-3-smollm2-135m-42.json")
+    record = read_result_file(HERE.parents[1] / f"results/long5/{method}-smollm2-135m-42.json")
     figure, _ = run_figures(record, decimals=0)["accuracy_matrix"]
     average, forgetting = (record.result[name] for name in ("AP", "FT"))
     figure.suptitle(f"{title}: AP {average:.1f}, FT {forgetting:.1f}", fontsize=11, fontweight="bold")

@@ -33,7 +33,6 @@ from gainlora.model.precision import exact_products
 ALIGNED = 8
 """K is a multiple of this: tensor cores read rows of 16 bytes."""
 
-
 Columns = tuple[Tensor, Tensor]
 """s * a of every column of h (B, 1, 1, K), 0 for padding, without gradient; and s * a of the newest branch (B,), where
 the gradient of the gate being learned arrives."""
@@ -274,8 +273,7 @@ class Group:
 
     def _all(self, x: Tensor) -> Sequence[Tensor]:
         first = self.layers[0]
-        # GPT-2's Conv1D returns a view, into which nothing can be added in place
-        es = [layer.base(x) if isinstance(layer.base, nn.Linear) else layer.base(x).clone() for layer in self.layers]
+        es = [layer.base_output(x) for layer in self.layers]
         weights = self.weights(x, es[0].dtype)
         columns = first.integration.columns(len(x), first.rank, first.scaling, self.A.shape[1], x.device)
         c, newest = (first.scaling, None) if columns is None else columns
@@ -358,6 +356,12 @@ class GatedLoRALinear(nn.Module):
         assert self.new_A is not None and self.new_B is not None
         return self.new_A, self.new_B
 
+    def base_output(self, x: Tensor) -> Tensor:
+        """The frozen layer's output, copied where it is a view, as with a bias: nothing can be added into that."""
+        e, plain = cast(Tensor, self.base(x)), isinstance(self.base, nn.Linear) and self.bias is None
+        is_view = not plain if torch.compiler.is_compiling() else e._is_view()  # compiled code cannot ask
+        return e.clone() if is_view else e
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, d_in), or with samples flattened (B * S, d_in), to the same with d_out."""
         added = self.branches and not self.integration.off
@@ -391,7 +395,6 @@ class GatedLoRALinear(nn.Module):
         self.frozen -= self.rank
         A, B = self._rows(self.frozen)
         found = A.clone(), B.clone(memory_format=torch.contiguous_format)
-        A.zero_()
-        B.zero_()
+        A.zero_(), B.zero_()
         self.group.reserve(0)
         return found

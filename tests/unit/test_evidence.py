@@ -21,10 +21,10 @@ def in_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_methods_of_one_order_differ_in_nothing_but_the_plan_says():
-    plan = experiments(plan=PLAN)
-    for order in {e.order for e in plan}:
-        configs = [e.config.learning() for e in plan if e.order == order and not e.label]
+def test_methods_of_one_order_and_model_differ_in_nothing_but_the_plan_says():
+    plan = [(e.order, e.config) for e in experiments(plan=PLAN) if not e.label]
+    for order, model in {(order, config.model.name) for order, config in plan}:
+        configs = [c.learning() for o, c in plan if (o, c.model.name) == (order, model)]
         assert len({json.dumps({**config, "method": "", "seed": 0}, sort_keys=True) for config in configs}) == 1
 
 
