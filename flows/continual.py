@@ -113,7 +113,7 @@ def check_unchanged(order: str, config: RunConfig, before: publish.Versions, now
     changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
     if load_config(order).learning() != config.learning():
         changed.insert(0, "params.yaml")
-    if present_version() != learning_version():
+    if present_version(config.method) != learning_version(config.method):
         changed.append("gainlora/pins.json")
     if changed:
         raise GainLoRAError(

@@ -228,7 +228,7 @@ def run(folder: Path, case: Case) -> list[Learned]:
 
 
 def differences(pinned: Any, found: Any, where: str = "") -> list[str]:
-    """What is otherwise than pinned by more than `TOLERANCE`."""
+    """What differs from the pins by more than `TOLERANCE`."""
     if isinstance(pinned, dict) and isinstance(found, dict) and pinned.keys() == found.keys():
         return [line for key in pinned for line in differences(pinned[key], found[key], f"{where} {key}")]
     if isinstance(pinned, list) and isinstance(found, list) and len(pinned) == len(found):
@@ -338,7 +338,8 @@ def main() -> int:
                 continue
             if arguments.write:
                 pins.setdefault(case.pinned_as, outcome(learned))
-            lines = differences(pins[case.pinned_as], outcome(learned))
+            pin = pins.get(case.pinned_as)
+            lines = ["no pin: --write it"] if pin is None else differences(pin, outcome(learned))
             failed += bool(lines)
             print(f"{case.name}: {'; '.join(lines) or 'as pinned'}")
     if arguments.write and not failed:

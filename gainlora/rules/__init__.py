@@ -100,7 +100,7 @@ def get(name: str) -> BranchRule:
 
 def bare(method: str) -> str:
     """The name of a method's rule."""
-    return method.removeprefix(GATED).removeprefix(ROUTED)
+    return next((method.removeprefix(p) for p in (GATED, ROUTED) if method.startswith(p)), method)
 
 
 @cache

@@ -62,7 +62,7 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
         data = {**run.recorded, name: entry}
         ids = identity.step_ids(config, identity.task_data(data), base, run.ids)
         described = _derived(run, config, [*run.tasks, name], ids)
-        described |= {"extends": run.folder.name, **identity.code_version()}
+        described |= {"extends": run.folder.name, **identity.code_version(config.method)}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         described["learned"] = [*run.described.get("learned", []), {"task": name, "at": now}]
         longer = _hand_over(run, described, data, [run.folder / OWN, Path(scratch)])

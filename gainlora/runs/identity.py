@@ -93,10 +93,10 @@ def step_ids(config: RunConfig, data: Sequence[TaskData], base: str, known: Sequ
     ids = list(known)
     steps = [list(data)] if config.rule.all_at_once else [[task] for task in data]
     options = number_options(config, len(data))
-    names = step_names(config, [task.name for task in data])
+    names, version_of = step_names(config, [task.name for task in data]), learning_version(config.method)
     for name, step in list(zip(names, steps, strict=True))[len(ids) :]:
         epochs = config.epochs(name, sum(task.examples for task in step))
-        content = [ids[-1] if ids else "", [task[:2] for task in step], options, epochs, base, learning_version()]
+        content = [ids[-1] if ids else "", [task[:2] for task in step], options, epochs, base, version_of]
         ids.append(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
     return ids
 
@@ -152,20 +152,20 @@ def dtype_name(config: RunConfig) -> str:
     return str(pick_dtype(config.model.dtype, pick_device())).removeprefix("torch.")
 
 
-def environment() -> dict[str, Any]:
-    """This machine's device and package versions, as in config.json."""
+def environment(method: str) -> dict[str, Any]:
+    """This machine's device, and the versions of code and packages, as in config.json."""
     versions = {name: version(name) for name in PACKAGES}
-    return {"device": device_name(), **code_version(), "versions": versions}
+    return {"device": device_name(), **code_version(method), "versions": versions}
 
 
-def code_version() -> dict[str, str]:
+def code_version(method: str) -> dict[str, str]:
     """The present code's version."""
-    return {"learning_version": learning_version(), "code": code_digest()}
+    return {"learning_version": learning_version(method), "code": code_digest()}
 
 
 def environment_changes(then: dict[str, Any]) -> list[str]:
     """Differences of device and packages from those in config.json, which may change rounding."""
-    now, before = environment(), then.get("versions", {})
+    now, before = environment(then["config"]["method"]), then.get("versions", {})
     pairs = {"device": (then.get("device"), now["device"])}
     pairs |= {name: (before.get(name), found) for name, found in now["versions"].items() if name != "gainlora"}
     return [f"{name} {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]
@@ -240,7 +240,7 @@ def describe(
         **({"overridden_limits": config.overridden_limits} if config.overridden_limits else {}),
         "dtype": dtype_name(config),
         "base": base,
-        **environment(),
+        **environment(config.method),
     }
 
 

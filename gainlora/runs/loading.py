@@ -27,7 +27,7 @@ def load_learner(run: Run, k: int) -> ContinualLearner:
     """The learner after steps 1..k, from disk.
 
     Raises:
-        GainLoRAError: the base model or a finished step is unusable, or the present code learns other numbers.
+        GainLoRAError: the base model or a finished step is unusable, or the code has another learning version.
     """
     _check_environment(run)
     location, c = locate_base(run), run.config
@@ -80,14 +80,14 @@ def _check_environment(run: Run) -> None:
     """Refuse code that learns different numbers; note a changed device or packages once."""
     if run.finished == len(run.steps):
         return
-    if run.described["learning_version"] != identity.code_version()["learning_version"]:
+    if run.described["learning_version"] != identity.code_version(run.config.method)["learning_version"]:
         raise GainLoRAError(
-            f"{run.folder}: was begun by code that learns other numbers; run the order again for a new run, or "
-            "finish it with that version."
+            f"{run.folder}: was begun with another learning version, so this code would learn other numbers; run the "
+            "order again for a new run, or finish it with that version."
         )
     resumed = run.described.get("resumed", [])
-    changes = identity.environment_changes(resumed[-1] if resumed else run.described)
+    changes = identity.environment_changes({**run.described, **(resumed[-1] if resumed else {})})
     if changes and not distributed.index():
         after = {"after": run.finished, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        run.describe(resumed=[*resumed, {**after, **identity.environment()}])
+        run.describe(resumed=[*resumed, {**after, **identity.environment(run.config.method)}])
         run.notices.append(f"resumed where numbers may differ by rounding: {', '.join(changes)}")

@@ -25,7 +25,8 @@ def differences(folder: Path) -> list[str]:
     """
     folder = folder.resolve()
     root, then = folder.parent.parent, read_json(folder / "config.json", "config", "dtype", "tasks")
-    config, now = RunConfig.from_stored(then["config"]), identity.environment()
+    config = RunConfig.from_stored(then["config"])
+    now = identity.environment(config.method)
     location = resolve_model(config.model.location, root)
     now |= {"base": identity.base_fingerprint(location, root), "dtype": identity.dtype_name(config)}
     keys = [key for key in ("learning_version", "base", "dtype", "device") if key in then]

@@ -286,8 +286,8 @@ class Run:
         assert learner is not None
         with self._timed(t, "train", before):
             old = kept_tasks(self, t - 1) if self.config.data.replay else []
-            given = (Checkpoints(partial, self.config.train.checkpoint_every), self.callbacks, self.keep_punctuation)
-            records = learner.train_task(self.steps[t - 1], tasks, *given, old)
+            given = (Checkpoints(partial, self.config.train.checkpoint_every), self.callbacks, old)
+            records = learner.train_task(self.steps[t - 1], tasks, self.keep_punctuation, *given)
             distributed.on_main(lambda: io.write_lines(partial / "train.jsonl", records))
             if learner.validation and learner.validation.records:
                 curve = learner.validation.records

@@ -166,7 +166,7 @@ class ContinualLearner:
         with _timed(seconds, "prepare"):
             self.begin_task(name, tasks)
         with _timed(seconds, "train"):
-            self.train_task(name, tasks, callbacks=[tell], replay=list(self.tasks.values()))
+            self.train_task(name, tasks, keep, callbacks=[tell], replay=list(self.tasks.values()))
         with _timed(seconds, "update"):
             self.end_task(name, tasks)
         self.tasks |= {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
@@ -239,9 +239,9 @@ class ContinualLearner:
         self,
         name: str,
         tasks: Sequence[Task],
+        keep_punctuation: Mapping[str, bool],
         checkpoints: Checkpoints | None = None,
         callbacks: Sequence[Callback] = (),
-        keep_punctuation: Mapping[str, bool] | None = None,
         replay: Sequence[Task] = (),
     ) -> Records:
         """Train branch and gate; returns a record per optimizer step. `validation` then holds the validation curve.
@@ -257,9 +257,8 @@ class ContinualLearner:
         self.trainable_parameters = self.model.trainable_parameters()
         self.model.task = self.learned
         held_out = {task.name: self.rows([task], "validation") for task in tasks if task.validation}
-        keep = keep_punctuation or {task.name: keeps_punctuation(task) for task in tasks}
         steps, epochs = math.ceil(len(rows) / config.train.batch_size), config.epochs(name, len(rows))
-        self.validation = Validation(held_out, keep, self.model, self.tokenizer, config, epochs, steps)
+        self.validation = Validation(held_out, keep_punctuation, self.model, self.tokenizer, config, epochs, steps)
         checkpoints = checkpoints or Checkpoints(None, None)
         self.records = train_task(
             self.model, rows, config, self.learned + 1, name, self.tokenizer.pad_token_id,

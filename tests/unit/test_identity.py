@@ -228,8 +228,8 @@ def test_code_that_learns_other_numbers_does_not_continue_a_run(tmp_path, monkey
     root = project(tmp_path)
     with create(root) as run:
         run.seal(1)
-    monkeypatch.setattr(identity, "learning_version", lambda: "other")
-    with Run.open(run.folder) as resumed, pytest.raises(GainLoRAError, match="code that learns other numbers"):
+    monkeypatch.setattr(identity, "learning_version", lambda method: "other")
+    with Run.open(run.folder) as resumed, pytest.raises(GainLoRAError, match="begun with another learning version"):
         resumed.seal(2)
     with create(root) as other:
         assert other.folder != run.folder

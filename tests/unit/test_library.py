@@ -189,6 +189,17 @@ def test_few_rows_get_more_epochs_and_limits_are_said():
     assert len(mine.records) == 12 and said[1:] == ["task1: 16 of 20 train examples are used (data.train_limit)."]
 
 
+def test_validation_compares_as_the_test_does_whatever_the_limits():
+    rows = [{"input": f"number {i}", "output": ("-1", "1")[i % 2]} for i in range(20)]
+    mine = learner(train_limit=1, validation=0.2, min_steps=1)
+    mine.learn(Task("sign", rows, rows[:2], "Which sign?"))  # one label alone looks the same without punctuation
+    assert (
+        mine.validation.keep_punctuation
+        == {"sign": True}
+        == {n: e["keep_punctuation"] for n, e in mine.entries.items()}
+    )
+
+
 def test_mlflow_has_the_curves_and_scores_of_what_is_learned_in_memory(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     from gainlora.tracking.in_memory import MlflowMetrics

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gainlora.version import PINS, learning_version
+from gainlora import version
+from gainlora.version import PINS, present_version
 from tests.trajectory import cases, differences, outcome, run, write_inputs
 
 PINNED = json.loads(PINS.read_text())
@@ -33,5 +34,16 @@ def test_a_difference_beyond_rounding_is_named():
     assert differences(pinned, {"R": [[1.0, 20.0]]}) and differences(pinned, {"R": [[1.0]], "A": [[12, 3.0]]})
 
 
-def test_the_learning_version_is_a_short_hash():
-    assert len(learning_version()) == 12 and int(learning_version(), 16)
+def test_the_learning_version_is_a_short_hash_that_other_methods_do_not_change(tmp_path, monkeypatch):
+    before = {method: present_version(method) for method in ("olora", "gainlora-olora")}
+    assert all(len(found) == 12 and int(found, 16) for found in before.values()) and len({*before.values()}) == 2
+
+    def changed(*names):
+        (tmp_path / "pins.json").write_text(
+            json.dumps({name: pin for name, pin in PINNED.items() if name not in names})
+        )
+        monkeypatch.setattr(version, "PINS", tmp_path / "pins.json")
+        return {method for method, found in before.items() if present_version(method) != found}
+
+    assert changed("llama ewc") == set() and changed("t5 olora") == {"olora"}
+    assert changed("llama rank") == {"olora", "gainlora-olora"}
