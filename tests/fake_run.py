@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from gainlora.config import RunConfig
+from gainlora.runs.records import Record, read_run
 from gainlora.sections import OrderConfig
 
 BASE, MAJORITY, BEFORE = 10.0, 25.0, 14.0
 """Scores on a new task of a fake run's base model, of the most frequent label, and of the model before the task."""
 TASKS = ("movie_sentiment", "news_topic", "text_source", "review_or_plot")
+THREE = TASKS[:3]
+# AP = (82 + 87 + 71) / 3 = 80; FT = ((84 - 82) + (88 - 87)) / 2 = 1.5; BWT = -1.5
+R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
+# AP = (22 + 47 + 51) / 3 = 40; FT = ((80 - 22) + (85 - 47)) / 2 = 48
+FORGETS = [[80.0], [30.0, 85.0], [22.0, 47.0, 51.0]]
+
+
+def run_of(root: Path, matrix: Sequence[Sequence[float]], method: str = "gainlora-inflora", **how: Any) -> Record:
+    """A run of the first three tasks, read."""
+    return read_run(write_run(root, matrix, method, tasks=THREE, **how))
 
 
 def write_run(

@@ -284,8 +284,7 @@ class Group:
         learned: list[Tensor] = []
         if first.new_B is not None:
             learned = [part for parts in zip(*(layer.learning for layer in self.layers), strict=True) for part in parts]
-        newest = newest if learned else None
-        inputs = (x, newest, c, weights, first.frozen, len(es), *es, *learned)
+        inputs = (x, newest if learned else None, c, weights, first.frozen, len(es), *es, *learned)
         return cast(Sequence[Tensor], Branches.apply(*inputs))
 
 
@@ -395,6 +394,7 @@ class GatedLoRALinear(nn.Module):
         self.frozen -= self.rank
         A, B = self._rows(self.frozen)
         found = A.clone(), B.clone(memory_format=torch.contiguous_format)
-        A.zero_(), B.zero_()
+        A.zero_()
+        B.zero_()
         self.group.reserve(0)
         return found

@@ -259,16 +259,8 @@ def _variants(page: Page, frame: Frame, decimals: int) -> None:
                 cells += [*(row[name].strip('"') for name in varied), row["seeds"]]
                 cells += [spread(frame.measured(group, key), decimals) for key in ("AP", "FT", "LA")]
                 rows.append(cells + (_paper_cells(frame.published_beside(group)) if known else []))
-        head = [
-            "method",
-            *SETTING,
-            *varied,
-            "seeds",
-            "AP",
-            "FT",
-            "LA",
-            *(["published AP", "published FT"] if known else []),
-        ]
+        beside = ["published AP", "published FT"] if known else []
+        head = ["method", *SETTING, *varied, "seeds", "AP", "FT", "LA", *beside]
         page.heading("Constraints of the gate" if len(varied) > 1 else varied[0], 3)
         page.table(head, rows, numbers=3)
 

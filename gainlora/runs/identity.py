@@ -152,10 +152,14 @@ def dtype_name(config: RunConfig) -> str:
     return str(pick_dtype(config.model.dtype, pick_device())).removeprefix("torch.")
 
 
+def machine() -> dict[str, Any]:
+    """This machine's device and package versions, as in config.json."""
+    return {"device": device_name(), "versions": {name: version(name) for name in PACKAGES}}
+
+
 def environment(method: str) -> dict[str, Any]:
-    """This machine's device, and the versions of code and packages, as in config.json."""
-    versions = {name: version(name) for name in PACKAGES}
-    return {"device": device_name(), **code_version(method), "versions": versions}
+    """`machine` and the present code's version."""
+    return {**machine(), **code_version(method)}
 
 
 def code_version(method: str) -> dict[str, str]:
@@ -165,7 +169,7 @@ def code_version(method: str) -> dict[str, str]:
 
 def environment_changes(then: dict[str, Any]) -> list[str]:
     """Differences of device and packages from those in config.json, which may change rounding."""
-    now, before = environment(then["config"]["method"]), then.get("versions", {})
+    now, before = machine(), then.get("versions", {})
     pairs = {"device": (then.get("device"), now["device"])}
     pairs |= {name: (before.get(name), found) for name, found in now["versions"].items() if name != "gainlora"}
     return [f"{name} {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

@@ -86,7 +86,7 @@ def _check_environment(run: Run) -> None:
             "order again for a new run, or finish it with that version."
         )
     resumed = run.described.get("resumed", [])
-    changes = identity.environment_changes({**run.described, **(resumed[-1] if resumed else {})})
+    changes = identity.environment_changes(resumed[-1] if resumed else run.described)
     if changes and not distributed.index():
         after = {"after": run.finished, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         run.describe(resumed=[*resumed, {**after, **identity.environment(run.config.method)}])

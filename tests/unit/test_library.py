@@ -193,11 +193,7 @@ def test_validation_compares_as_the_test_does_whatever_the_limits():
     rows = [{"input": f"number {i}", "output": ("-1", "1")[i % 2]} for i in range(20)]
     mine = learner(train_limit=1, validation=0.2, min_steps=1)
     mine.learn(Task("sign", rows, rows[:2], "Which sign?"))  # one label alone looks the same without punctuation
-    assert (
-        mine.validation.keep_punctuation
-        == {"sign": True}
-        == {n: e["keep_punctuation"] for n, e in mine.entries.items()}
-    )
+    assert mine.entries["sign"]["keep_punctuation"] and mine.validation.keep_punctuation == {"sign": True}
 
 
 def test_mlflow_has_the_curves_and_scores_of_what_is_learned_in_memory(tmp_path, monkeypatch):

@@ -44,12 +44,8 @@ def test_a_choice_from_a_plan():
     chosen = plans.experiments(methods=["olora"], seeds=[2], plan=file)
     assert [e.name for e in chosen] == ["tiny/olora-any-2", "tiny/olora+long-any-2"]
     assert chosen[1].config.train.epochs == 2
-    several = plan(
-        ENTRY, {**ENTRY, "methods": ["olora"], "label": "long"}, {**ENTRY, "options": {"model.name": "other"}}
-    )
-    assert (
-        len({e.file(Path("results")) for e in plans.experiments(plan=several)}) == 10
-    )  # the model tells runs apart, too
+    entries = ENTRY, {**ENTRY, "methods": ["olora"], "label": "long"}, {**ENTRY, "options": {"model.name": "other"}}
+    assert len({e.file(Path("results")) for e in plans.experiments(plan=plan(*entries))}) == 10
     words = chosen[1].command  # as typed, it describes the same run
     sets = dict(word.partition("=")[::2] for word in words[words.index("--set") + 1 :: 2])
     given = {name: yaml.safe_load(value) for name, value in sets.items()}

@@ -39,9 +39,8 @@ def test_the_learning_version_is_a_short_hash_that_other_methods_do_not_change(t
     assert all(len(found) == 12 and int(found, 16) for found in before.values()) and len({*before.values()}) == 2
 
     def changed(*names):
-        (tmp_path / "pins.json").write_text(
-            json.dumps({name: pin for name, pin in PINNED.items() if name not in names})
-        )
+        kept = {name: pin for name, pin in PINNED.items() if name not in names}
+        (tmp_path / "pins.json").write_text(json.dumps(kept))
         monkeypatch.setattr(version, "PINS", tmp_path / "pins.json")
         return {method for method, found in before.items() if present_version(method) != found}
 
