@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
-from gainlora.io import read_json, sha256, write_json
+from gainlora.io import read_json, sha256, waiting_lock, write_json
 from gainlora.model.base import device_name, pick_device, pick_dtype
 from gainlora.rules import ALL_TASKS, BranchRule
 from gainlora.version import learning_version
@@ -188,19 +188,21 @@ def base_fingerprint(location: str, root: Path) -> str:
     if not folder.is_dir():
         return _hub_commit(location)
     store = root / ".cache" / "fingerprints.json"
-    try:
-        kept = read_json(store)
-    except GainLoRAError:  # missing or damaged: computed again
-        kept = {}
     files = {path for pattern in BASE_FILES for path in folder.resolve().glob(pattern) if path.name not in NOT_BASE}
-    known, hashes = dict(kept), []
-    for path in sorted(files):
-        stat = [path.stat().st_size, path.stat().st_mtime_ns]
-        if known.get(str(path), [])[:2] != stat:
-            known[str(path)] = [*stat, sha256(path)]
-        hashes.append(f"{path.name} {known[str(path)][2]}")
-    if known != kept:
-        write_json(store, known)
+    hashes = []
+    with waiting_lock(store.with_suffix(".lock")):  # runs that start together: one hashes, the others read
+        try:
+            kept = read_json(store)
+        except GainLoRAError:  # missing or damaged: computed again
+            kept = {}
+        known = dict(kept)
+        for path in sorted(files):
+            stat = [path.stat().st_size, path.stat().st_mtime_ns]
+            if known.get(str(path), [])[:2] != stat:
+                known[str(path)] = [*stat, sha256(path)]
+            hashes.append(f"{path.name} {known[str(path)][2]}")
+        if known != kept:
+            write_json(store, known)
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,15 @@ def test_another_tokenizer_or_configuration_is_another_base_model(tmp_path, name
         assert other.folder != run.folder and other.finished == 0
     with pytest.raises(GainLoRAError, match=r"task_01_task1: was learned on .* with another (configuration|tokenizer)"):
         GainLoRAModel.from_pretrained(run.task_folder(1))
+
+
+def test_processes_that_start_together_hash_a_base_once(tmp_path, monkeypatch):
+    tiny_llama(tmp_path / "base")
+    hashed: list[str] = []
+    monkeypatch.setattr(identity, "sha256", lambda path: hashed.append(path.name) or time.sleep(0.01) or "hash")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: identity.base_fingerprint(str(tmp_path / "base"), tmp_path), range(8)))
+    assert len(set(found)) == 1 and sorted(hashed) == sorted(set(hashed))
 
 
 def test_fingerprints_are_kept_until_a_file_changes(tmp_path, monkeypatch):
