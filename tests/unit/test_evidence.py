@@ -1,7 +1,6 @@
 """results/: the plan is one that can be run, and what is committed is what the plan says."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from gainlora.config import load_config
 from gainlora.plans import Experiment, experiments
 from gainlora.report.report import report_page
 from gainlora.runs.records import read_result_file
+from results.write import texts
 
 ROOT = Path(__file__).parents[2]
 PLAN = Path("results/plan.yaml")
@@ -54,15 +54,9 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
             assert content["FT"] == pytest.approx(sum(drops) / last, abs=1e-3)
 
 
-def test_the_readme_shows_what_the_files_say():
-    """Every figure of the README's table of results is that of the report's main table, to the digit."""
-    runs = [read_result_file(path) for path in sorted(RESULTS.glob("*/*.json"))]
-    table = report_page(runs, 1).markdown.partition("## Methods")[2].split("\n\n")[2]
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    figures = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    columns = [f"{order} {key}" for order in ("embedded", "long5", "superni5") for key in ("AP", "FT")]
-    rows = re.findall(r"^\| \**([a-z-]+)\b[^|]*((?:\|[^|\n]+){6})\|$", Path("README.md").read_text(), re.MULTILINE)
-    assert {"seqlora", "inflora", "gainlora-inflora"} <= {method for method, _ in rows}
-    for method, cells in (row for row in rows if row[0] in figures):
-        shown = [cell.strip(" *") for cell in cells.split("|")[1:]]
-        assert shown == [figures[method][column] for column in columns], method
+def test_every_figure_of_the_results_is_that_of_the_files():
+    """README.md, results/README.md and report.md are as `python results/write.py` writes them today."""
+    records = [read_result_file(path) for path in sorted(RESULTS.glob("*/*.json"))]
+    for path, text in texts(records).items():
+        assert path.read_text(encoding="utf-8") == text, path
+    assert (RESULTS / "report.md").read_text(encoding="utf-8") == report_page(records, 1).markdown
