@@ -1,7 +1,5 @@
 """A training step with `model.compile`, beside the same without it; and the minutes that compiling takes."""
 
-from __future__ import annotations
-
 import time
 
 from benchmarks.measure import Row, interleave, show_seconds, time_row

@@ -7,8 +7,6 @@ The run's B matrices are set to 0: the cost is that of all branches and gates, t
 generate the same tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

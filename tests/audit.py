@@ -4,8 +4,6 @@ Fails for a vulnerability that ACCEPTED does not name. Where the advisory databa
 passes: pip-audit itself would call packages that it could not look up free of vulnerabilities.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -6,8 +6,6 @@ runs `run(root, method)` in a process of its own until that function is called f
 from a server that has imported what takes seconds, and has done nothing else: each starts in a moment.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib

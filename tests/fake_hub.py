@@ -1,7 +1,5 @@
 """A model hub on loopback, as far as huggingface_hub's client needs one to upload and download."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -7,8 +7,6 @@ finished stream is compared, bit for bit, with one that was never stopped, and M
 Figures go to tests/soak.json.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

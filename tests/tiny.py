@@ -6,8 +6,6 @@ tiny_params(folder, ...)              a params.yaml with an order `tiny` over th
 tiny_adapter(base, branches, ...)     a base model with random branches and gates
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable, Sequence

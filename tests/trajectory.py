@@ -12,8 +12,6 @@ parameter by parameter, so that no other file and no version of transformers dec
 `learn` alone knows the classes that learn.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

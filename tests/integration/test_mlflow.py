@@ -1,7 +1,5 @@
 """Runs in a real MLflow store (SQLite, no server), from run folders with made-up numbers."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is installed: every version pinned, its files by hash; what an audit's report means."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What cannot go on says why, by task and layer or by file, keeps what is whole, and goes on once it is mended."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

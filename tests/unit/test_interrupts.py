@@ -1,7 +1,5 @@
 """A signal that arrives while Python collects garbage."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import time

@@ -1,7 +1,5 @@
 """Records: read from run folders and result files, refused when changed, never overwritten by something else."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """Reports: tables and statistics hold hand-computed numbers."""
 
-from __future__ import annotations
-
 import io
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Nobody gets in: no code out of data, nothing outside its folder, no secret in a message."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess
