@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.fake_run import BASE, BEFORE, TASKS, stored, write_run
 
 R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
 THREE = TASKS[:3]
-ROOT = Path(__file__).parents[2]
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -170,12 +168,3 @@ def test_the_command_writes_a_file_per_run(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.split() == [str(out / "embedded" / name) for name in files]
     assert main(["results", str(tmp_path / "no\x1b[31mwhere"), "--out", str(out)]) == 1
     assert "\x1b" not in capsys.readouterr().err
-
-
-def test_reading_records_needs_no_heavy_packages() -> None:
-    import subprocess
-
-    code = "import sys, gainlora, gainlora.__main__, gainlora.runs.records; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    heavy = {"pandas", "matplotlib", "jinja2", "torch", "mlflow", "prefect", "dvc", "scipy"}
-    assert not heavy & {*modules.split()}
