@@ -1,9 +1,7 @@
 """What a task's data mean for its scores: comparison, labels, leaks, and what a tokenizer cannot write."""
 
 import json
-import os
 import unicodedata
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -13,7 +11,7 @@ from gainlora.config import load_config
 from gainlora.data.checks import inspect
 from gainlora.data.instances import Example
 from gainlora.data.own_tasks import take_task
-from gainlora.data.tasks import Task, read_task
+from gainlora.data.tasks import Task
 from gainlora.errors import GainLoRAError
 from gainlora.runs.run import Run
 from gainlora.training.metrics import score
@@ -174,18 +172,3 @@ def test_inputs_that_differ_in_case_blanks_or_punctuation_are_held_out_together(
     (tmp_path / "few.json").write_text(json.dumps({"Instances": rows[:20]}))
     with pytest.raises(GainLoRAError, match="has 4 different inputs"):
         take_task(tmp_path / "few.json", tmp_path / "run" / "few", "long_sequence", "exact_match")
-
-
-BENCHMARK = os.environ.get("GAINLORA_BENCHMARK")
-
-
-@pytest.mark.skipif(not BENCHMARK, reason="GAINLORA_BENCHMARK names no copy of CL_Benchmark")
-def test_the_benchmark_reads_with_its_two_known_notes():
-    noted = {}
-    for group, metric in (("Long_Sequence", "exact_match"), ("SuperNI", "rouge_l")):
-        for folder in sorted(p for p in Path(str(BENCHMARK), group).iterdir() if p.is_dir()):
-            found = inspect(read_task(folder, group.lower(), metric))
-            assert not found.keep_punctuation
-            noted |= {folder.name: found.notes} if found.notes else {}
-    assert list(noted) == ["mnli", "task511_reddit_tifu_long_text_summarization"]
-    assert "131 of 7600 answers are punctuation alone" in noted["mnli"][0]
