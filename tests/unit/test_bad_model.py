@@ -219,7 +219,10 @@ def test_adapters(adapter, case):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_adapter_whose_base_is_not_there(adapter):
+def test_an_adapter_of_another_base_or_of_one_that_is_not_there(adapter):
+    for other in (tiny_llama(hidden_size=16), tiny_t5()):
+        with pytest.raises(GainLoRAError, match="another base model"):
+            GainLoRAModel.from_pretrained(adapter, other)
     edit(adapter / "adapter_config.json", base_model="no/such/base")
     with pytest.raises(GainLoRAError, match="no/such/base: no such folder, and no hub id"):
         GainLoRAModel.from_pretrained(adapter)
