@@ -149,18 +149,6 @@ def test_a_run_compares_by_its_training_labels_and_keeps_its_notes(tmp_path):
         assert again.notices == []  # said once
 
 
-def test_unusable_labels_leave_no_run_behind(tmp_path):
-    tiny_llama(tmp_path / "base")
-    tiny_params(tmp_path, tmp_path / "base")
-    path = tmp_path / "data" / "tiny" / "task2" / "train.json"
-    rows = [{"input": f"w{n}", "output": word} for n, word in enumerate(["нет", "да"] * 4)]
-    definition = json.loads(path.read_text())["Definition"]
-    path.write_text(json.dumps({"Definition": definition, "Instances": rows}))
-    with pytest.raises(GainLoRAError, match=r"task2/train\.json: labels 'нет' and 'да' are the same tokens"):
-        Run.create(load_config("tiny", params=tmp_path / "params.yaml"), tmp_path)
-    assert not list(tmp_path.glob("runs/*tiny-*"))
-
-
 def test_inputs_that_differ_in_case_blanks_or_punctuation_are_held_out_together(tmp_path):
     kinds = ["The cat {}.", "the  CAT {}", "the cat, {}!", "thecat {}", "“The cat” {}\n"]
     rows = [{"input": kind.format(f"no{chr(97 + n)}"), "output": "x"} for n in range(20) for kind in kinds]

@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 
-from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
 from gainlora.runs.records import Key, read_record, read_result_file, read_run, train_records
 from gainlora.runs.result_files import export, write_result_file
-from tests.fake_run import BASE, BEFORE, TASKS, stored, write_run
-
-R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
-THREE = TASKS[:3]
+from tests.fake_run import BASE, BEFORE, THREE, R, stored, write_run
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -157,14 +153,3 @@ def test_a_foreign_file_writes_nowhere_else(tmp_path: Path, key: str, name: str)
     edit(path, data=data, **{key: [name, *THREE[1:]] if key == "tasks" else name})
     with pytest.raises(GainLoRAError, match=r"would lead out of its folder|not a result file"):
         read_result_file(path)
-
-
-def test_the_command_writes_a_file_per_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [write_run(tmp_path, R, seed=seed, tasks=THREE) for seed in (1, 2)]
-    out = tmp_path / "results"
-    assert main(["results", *map(str, folders), "--out", str(out), "--label", "x"]) == 0
-    files = sorted(path.name for path in (out / "embedded").iterdir())
-    assert files == [f"gainlora-inflora+x-smollm2-135m-{seed}.json" for seed in (1, 2)]
-    assert capsys.readouterr().out.split() == [str(out / "embedded" / name) for name in files]
-    assert main(["results", str(tmp_path / "no\x1b[31mwhere"), "--out", str(out)]) == 1
-    assert "\x1b" not in capsys.readouterr().err
