@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 from gainlora.__main__ import main
-from gainlora.config import load_config
-from gainlora.data.collate import tokenize
-from gainlora.data.tasks import load_order, read_task
+from gainlora.data.tasks import read_task
 from gainlora.errors import LONGEST, GainLoRAError
 from gainlora.runs.records import read_record
-from gainlora.sections import DataConfig
 from tests.fake_run import write_run
-from tests.tiny import tiny_params, tiny_tokenizer
+from tests.tiny import tiny_params
 
 GOOD = b'{"Instances": [{"input": "a", "output": "b"}]}'
 
@@ -97,52 +94,6 @@ def test_what_is_no_file_is_missing(project, capsys):
     assert "task2 lacks train.json and test.json" in said and "--skip-incomplete" in said
     with pytest.raises(GainLoRAError, match=r"train\.json: cannot be read \(Too many levels of symbolic links\)"):
         read_task(file.parent, "superni", "rouge_l")
-
-
-TEXTS = [
-    "{input} {0} {definition!r:>{width}} {{}} %s %(x)d $x ${x} \\n",
-    "nul \0 bell \a escape \x1b[31m delete \x7f end",
-    "שלום עולם \u202eright to left\u202c مرحبا",
-    "👩‍👩‍👧 🇺🇳 e\u0301 \u200b \ufeff \U0010ffff",
-    "</s> <pad> <|endoftext|> Output: Definition: Input:",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_any_character_is_text(tmp_path, text):
-    folder = tmp_path / "t"
-    folder.mkdir()
-    content = {"Definition": text, "Instances": [{"input": text, "output": [text, "x"]}], "Ignored": float("nan")}
-    raw = json.dumps(content, ensure_ascii=False)  # escapes control characters only
-    (folder / "train.json").write_text(raw, encoding="utf-8-sig")
-    (folder / "test.json").write_text(json.dumps(content))
-    task = read_task(folder, "long_sequence", "exact_match")
-    assert task.train == task.test and task.train[0].references == (text, "x")
-    assert task.prompt(task.train[0]) == f"{text}\n{text}\nOutput: "
-    rows = tokenize(task, "train", tiny_tokenizer(), DataConfig(), False, tmp_path / "cache")
-    assert rows["references"][0] == [text, "x"] and 1 not in rows["prompt_ids"][0]  # </s> in a text is no end
-
-
-def test_a_line_of_ten_megabytes_is_read_and_a_long_input_is_cut_at_its_end_and_counted(tmp_path):
-    for megabytes in (10, 0.2):
-        folder, text = tmp_path / f"t{megabytes}", "w1 " * 40 + "x" * int(megabytes * 1e6)
-        folder.mkdir()
-        for name in ("train", "test"):
-            (folder / f"{name}.json").write_bytes(one(json.dumps(text)))
-        task = read_task(folder, "long_sequence", "exact_match")
-        assert task.train[0].input == text
-    tokenizer = tiny_tokenizer()
-    rows = tokenize(task, "train", tokenizer, DataConfig(max_prompt_tokens=10), False, tmp_path / "cache")
-    assert tokenizer.convert_ids_to_tokens(rows["prompt_ids"][0]) == ["w1"] * 8 + ["Output", ":"]
-    assert rows["truncated"][:] == [True]
-
-
-def test_labels_json_decides_nothing(project):
-    """The benchmark's own answers are not all in its labels.json (qqp, mnli)."""
-    order = load_config("tiny").order
-    before = load_order(order, DataConfig())
-    (project / "data/tiny/task1/labels.json").write_text('["something else"')
-    assert load_order(order, DataConfig()) == before
 
 
 ORDER = "orders: {tiny: {data: data/tiny, template: superni, metric: rouge_l, tasks: [task1]}}\n"

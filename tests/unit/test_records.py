@@ -83,19 +83,13 @@ def test_what_is_damaged_or_no_run_is_named(tmp_path: Path) -> None:
         read_run(folder)
 
 
-def test_older_folders_have_defaults_and_present_names(tmp_path: Path) -> None:
+def test_older_folders_have_defaults(tmp_path: Path) -> None:
     folder = write_run(tmp_path, R, tasks=THREE)
     run = read_run(folder)
     described = json.loads((folder / "config.json").read_text())
     del described["steps"], described["config"]["train"]["penalty_weight"], described["config"]["evaluate"]["num_beams"]
     edit(folder / "config.json", **described)
     assert read_run(folder).options == run.options and read_run(folder).complete
-    described["config"]["gate"].pop("initial_key", None)
-    for constrained, key in ((True, "orthogonal"), (False, "open")):
-        described["config"]["gate"]["constrain_init"] = constrained
-        edit(folder / "config.json", **described)
-        options = read_run(folder).options
-        assert options["gate.initial_key"] == key and "gate.constrain_init" not in options
 
 
 def test_validation_curves_are_read_and_kept_in_result_files(tmp_path: Path) -> None:

@@ -273,12 +273,6 @@ def test_published_figures_stand_beside_the_same_setup_alone(tmp_path: Path, how
     assert ("published AP" in text) == (figures is not None)
 
 
-def test_published_rows_of_methods_that_are_not_here() -> None:
-    rows = published().set_index(["model", "method", "order"])
-    assert tuple(rows.loc[("t5-large", "lfpt5", "order1")]) == (39.03, 10.87)
-    assert tuple(rows.loc[("t5-large", "migu+ft", "order4")]) == (71.30, 11.39)
-
-
 def test_published_figures_do_not_stand_beside_unfinished_or_varied_runs(tmp_path: Path) -> None:
     part = read_run(write_run(tmp_path, [[50.0]], "inflora", 1, FIFTEEN, "order1", model="t5-large", **paper()))
     records = [run(tmp_path, 50, seed=s, **{**PAPER, **paper(**{"gate.hidden": 100 * s})}) for s in (1, 2)]
