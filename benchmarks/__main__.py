@@ -6,8 +6,6 @@
 A group is a module here with `run() -> Iterable[Row]`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib

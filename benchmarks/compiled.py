@@ -1,7 +1,5 @@
 """A training step with `model.compile`, beside the same without it; and the minutes that compiling takes."""
 
-from __future__ import annotations
-
 import time
 
 from benchmarks.measure import Row, interleave, show_seconds, time_row
@@ -9,12 +7,12 @@ from benchmarks.models import SMALL, base, examples, learned
 from benchmarks.training import MANY, model_kind, step
 
 
-def row(name: str, rounds: int = 8) -> Row:
-    """4 examples of 128 tokens, 15 branches, in the dtype that a run would pick."""
+def row(name: str, rounds: int = 8, batch_size: int = 4, length: int = 128, **how: str) -> Row:
+    """15 branches, in the dtype that a run would pick; `how` it compiles."""
     models = {"compiled": learned(base(name), MANY), "eager": learned(base(name), MANY)}
-    batch = examples(base(name), 4, 128)
+    batch = examples(base(name), batch_size, length)
     sides = {side: step(model, batch, model_kind(name)) for side, model in models.items()}
-    models["compiled"].compile_base()
+    models["compiled"].compile_base(**how)
     started = time.perf_counter()
     sides["compiled"]()
     first = show_seconds(time.perf_counter() - started)

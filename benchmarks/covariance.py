@@ -1,7 +1,5 @@
 """The covariance pass over a task's examples against the same forward passes without it."""
 
-from __future__ import annotations
-
 import torch
 
 from benchmarks.measure import Row, interleave, time_row

@@ -3,8 +3,6 @@
 Prompt lengths are log-normal with median 48, as of reviews and news: a quarter below 28, a tenth above 134 tokens.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

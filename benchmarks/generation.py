@@ -1,7 +1,5 @@
 """Generation under 15 gated branches against the base model's own `generate`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ nothing begins after `SECONDS`. Per model: a training step (frozen base: forward
 and 1, 5 and 15 branches; generation; a covariance pass; the decomposition of one covariance.
 """
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time

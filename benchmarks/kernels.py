@@ -8,8 +8,6 @@ launching it, moving its bytes, and its multiplications. In the frozen base, gra
 they do under every adapter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

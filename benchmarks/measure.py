@@ -1,7 +1,5 @@
 """How the benchmarks measure: both sides in turns, in one process; and what a row of the table is."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import os

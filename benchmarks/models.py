@@ -1,7 +1,5 @@
 """The models that are measured: published shapes with their real vocabularies, and random weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

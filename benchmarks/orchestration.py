@@ -5,8 +5,6 @@ against a running Prefect server. What its steps took is in each task's scores.j
 Python, Prefect, MLflow and torch (once a run), states, records and artifacts, versions.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

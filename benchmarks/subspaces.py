@@ -5,8 +5,6 @@ their tail and more steeply before it. The update is that of task 2: a basis of 
 residual, its directions, and how many of them hold the threshold's share of the energy.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

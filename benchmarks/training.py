@@ -4,8 +4,6 @@ A step is what the trainer does: target loss, backward, clipping, AdamW, all of 
 torch holds beyond the frozen base model: adapters, gates, optimizer states, activations, gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

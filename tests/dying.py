@@ -6,9 +6,6 @@ runs `run(root, method)` in a process of its own until that function is called f
 from a server that has imported what takes seconds, and has done nothing else: each starts in a moment.
 """
 
-from __future__ import annotations
-
-import ctypes
 import functools
 import importlib
 import multiprocessing
@@ -64,13 +61,6 @@ def killed_at(point: str, call: int, work: Callable[..., Any], *arguments: Any) 
     """Do the work until it dies at that point, which it must reach."""
     code = in_a_process(_dying, point, call, work, *arguments)
     assert code == -signal.SIGKILL, f"{point} was called less than {call} times (exit code {code})"
-
-
-def bound_by_permissions() -> None:
-    """Let permissions hold for this process even if it is root's: without capabilities root is one user of many."""
-    version, every = 0x20080522, 0
-    done = ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version, every), (ctypes.c_uint32 * 6)())
-    assert done == 0
 
 
 def _dying(point: str, call: int, work: Callable[..., Any], *arguments: Any) -> None:

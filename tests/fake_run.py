@@ -1,7 +1,5 @@
 """A run folder with made-up numbers, in the layout that Run writes: no model, no training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

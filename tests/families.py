@@ -3,8 +3,6 @@
 family(name) makes a model; its tokens are those of `tests.tiny.tiny_tokenizer`: 0 pads, 1 ends.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

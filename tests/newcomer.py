@@ -1,8 +1,6 @@
 """A copy of the project as a newcomer finds it after `gainlora fetch embedded`, with a tiny model and tiny tasks in
 place of the real ones, so that the documentation's commands run in it to the letter within seconds."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The documentation's pages and the blocks of code on them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tiny runs for tests: a project, a whole run in it, and comparisons of what was learned."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

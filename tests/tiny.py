@@ -6,11 +6,9 @@ tiny_params(folder, ...)              a params.yaml with an order `tiny` over th
 tiny_adapter(base, branches, ...)     a base model with random branches and gates
 """
 
-from __future__ import annotations
-
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +30,6 @@ def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
     )
-
-
-def trained_tokenizer(texts: Iterable[str], size: int = 1000) -> Any:
-    """A byte-level BPE tokenizer trained on `texts`, as real models have one: any text is made of its subwords."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = ["<pad>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left")
 
 
 def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), tokenizer: Any = None, **overrides: Any) -> Any:

@@ -12,8 +12,6 @@ parameter by parameter, so that no other file and no version of transformers dec
 `learn` alone knows the classes that learn.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -144,6 +142,8 @@ def cases() -> Iterator[Case]:
         for name, options in ALIKE.items():
             if family == "llama" or name == "evaluation batches":
                 yield Case(f"{family} {name}", family, options, f"{family} {BASE['method']}")
+    once = {**OPTIONS["penalty weight"], **ALIKE["micro-batches"]}  # a penalty counts once a step
+    yield Case("llama penalty in micro-batches", "llama", once, "llama penalty weight")
     yield Case("llama least steps", "llama", {"train.min_steps": 3}, "llama two epochs")
 
 

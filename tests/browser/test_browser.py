@@ -1,7 +1,4 @@
-"""The pages as a person sees them: MLflow, Prefect, the report and the documentation, in headless Chromium.
-
-Screenshots are kept beside the tests' other files (pytest prints nothing of them; --basetemp says where).
-"""
+"""The pages as a person sees them: MLflow, Prefect, the report and the documentation, in headless Chromium."""
 
 import json
 import re
@@ -37,7 +34,7 @@ def chromium():
 
 
 @pytest.fixture
-def look(chromium, tmp_path):
+def look(chromium):
     """Opens an address; after the test it has asked no other machine for anything."""
     elsewhere, contexts = [], []
 
@@ -47,7 +44,6 @@ def look(chromium, tmp_path):
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda asked: None if local(asked.url) else elsewhere.append(asked.url))
         page.goto(address)
-        page.picture = lambda name: page.screenshot(path=tmp_path / f"{name}.png")
         return page
 
     yield opened
@@ -93,13 +89,11 @@ def test_mlflow_lists_and_compares_the_runs(look, shell, runs):
     for name, _ in runs.values():
         row = page.get_by_role("row").filter(has_text=name[-8:])
         row.get_by_role("checkbox").first.check(force=True)
-    page.picture("mlflow-runs")
 
     page.get_by_role("button", name="Compare").first.click()
     page.get_by_text("Comparing 2 Runs").wait_for()
     label = page.get_by_role("link", name="AP", exact=True)
     label.scroll_into_view_if_needed()
-    page.picture("mlflow-compare")
     assert sorted(beside(label)) == pytest.approx(sorted(result["AP"] for _, result in runs.values()), abs=0.01)
     for method in METHODS:
         assert page.get_by_text(method, exact=True).count()
@@ -125,15 +119,12 @@ def test_prefect_shows_deployments_and_a_finished_run_with_its_artifacts(look, s
     page = look(shell.here("http://127.0.0.1:4200/deployments"))
     for name in ("embedded", "order1", "order2", "order3", "order4"):
         page.get_by_role("link", name=name, exact=True).first.wait_for()
-    page.picture("prefect-deployments")
 
     page.goto(shell.here("http://127.0.0.1:4200/runs"))
     page.locator("a[href*='/runs/flow-run/']").first.click()
     page.get_by_text("Completed", exact=True).first.wait_for()
-    page.picture("prefect-run")
     page.get_by_text("Artifacts", exact=True).first.click()
     page.get_by_text("accuracy-matrix", exact=False).first.wait_for()
-    page.picture("prefect-artifacts")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -148,8 +139,6 @@ def test_the_report_renders(look, shell, runs, scheme):
     assert pictures.count() >= 3
     broken = "all => all.filter(i => i.tagName == 'IMG' && !i.naturalWidth).length"
     assert pictures.evaluate_all(broken) == 0
-    page.picture(f"report-{scheme}")
-    page.screenshot(path=str(shell.folder / f"report-{scheme}.png"), full_page=True)
     assert darkness(page) == (scheme == "dark")
 
 
@@ -179,7 +168,6 @@ def test_the_documentation_renders(look, site, scheme):
     page.get_by_role("heading", name="The method").first.wait_for()
     boxes = page.locator("math[display=block]").evaluate_all("all => all.map(m => m.getBoundingClientRect().height)")
     assert len(boxes) >= 4 and min(boxes) > 10
-    page.picture(f"docs-method-{scheme}")
     assert darkness(page) == (scheme == "dark")
 
 
@@ -188,7 +176,6 @@ def test_the_documentation_is_searched(look, site):
     page.get_by_role("textbox", name="Search").click()
     page.get_by_role("textbox", name="Search").press_sequentially("gate memory")
     page.get_by_role("link", name="When something fails").last.wait_for()
-    page.picture("docs-search")
 
 
 def darkness(page):

@@ -1,7 +1,5 @@
 """kill -9 at every kind of point, then the same again: it goes on by itself to the same end, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from pathlib import Path

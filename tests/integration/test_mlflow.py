@@ -1,7 +1,5 @@
 """Runs in a real MLflow store (SQLite, no server), from run folders with made-up numbers."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +15,10 @@ from gainlora.sections import ReportConfig, TrackingConfig
 from gainlora.tracking import mlflow as tracked
 from gainlora.tracking.mlflow_runs import tracked_runs
 from gainlora.tracking.store import store, tracking_uri
-from tests.fake_run import TASKS, mean_coefficients, write_run
+from tests.fake_run import THREE, R, mean_coefficients, write_run
 
 TRACKING = TrackingConfig(experiment="gainlora")
 REPORT = ReportConfig(decimals=1, dpi=50)
-R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
-THREE = TASKS[:3]
 
 
 @pytest.fixture(scope="module")

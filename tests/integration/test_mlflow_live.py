@@ -1,7 +1,5 @@
 """What MLflow shows of a run while it learns."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and kill -9, sent to the real command: what it leaves, and that the same command resumes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,21 +1,17 @@
 """Bad task files, params.yaml and command lines: one error with name, value and remedy, and nothing is written."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gainlora.__main__ import main
-from gainlora.config import load_config
-from gainlora.data.collate import tokenize
-from gainlora.data.tasks import load_order, read_task
+from gainlora.data.tasks import read_task
 from gainlora.errors import LONGEST, GainLoRAError
 from gainlora.runs.records import read_record
-from gainlora.sections import DataConfig
 from tests.fake_run import write_run
-from tests.tiny import tiny_params, tiny_tokenizer
+from tests.tiny import tiny_params
 
 GOOD = b'{"Instances": [{"input": "a", "output": "b"}]}'
 
@@ -58,19 +54,15 @@ def one(text: str = '"a"', answer: str = '"b"', more: str = "") -> bytes:
 
 
 TASK_FILES = {
-    "empty": (b"", "train.json: empty; correct it or fetch it again"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "train.json: not UTF-8 (byte 0); save it again as UTF-8"),
     "UTF-16 without its mark": (GOOD.decode().encode("utf-16-le"), "train.json: not JSON"),
-    "Latin-1": (one('"é"').decode().encode("latin-1"), "train.json: not UTF-8 (byte"),
     "NUL bytes": (b"\0" * 100, "train.json: not JSON"),
     "a NUL byte in a text": (one('"a\0b"'), "train.json: not JSON: Invalid control character"),
     "a line break in a text": (one('"a\nb"'), "train.json: not JSON: Invalid control character"),
-    "cut off": (GOOD[:-3], "train.json: not JSON: Expecting ',' delimiter: line 1"),
     "two objects": (GOOD + b"\n" + GOOD, "train.json: not JSON: Extra data: line 2"),
     "a list": (b"[" + GOOD + b"]", "no columns are known as input and answer (columns: Instances)"),
     "null": (b"null", "train.json: holds null"),
     "thousands of keys": (json.dumps({f"key{i}": i for i in range(9999)}).encode(), "'Instances' is missing"),
-    "nested lists": (b'{"x": ' + b"[" * 100_000, "train.json: nested too deeply"),
     "nested objects": (b'{"x": ' * 100_000, "train.json: nested too deeply"),
     "a key twice": (one(more='"Instances": [], '), "not JSON: key 'Instances' is given twice; correct it"),
     "an answer twice": (one(answer='"b", "output": "c"'), "key 'output' is given twice"),
@@ -79,13 +71,6 @@ TASK_FILES = {
     "not a number": (one("NaN"), "instance 0: 'input' is the number nan; give text"),
     "infinity": (one(answer="[-Infinity]"), "'output' entry 0 is the number -inf; give text"),
     "overflow": (one("1e999"), "'input' is the number inf"),
-    "half a pair in the definition": (
-        one(more='"Definition": "\\udc00", '),
-        "'Definition' holds half a surrogate pair",
-    ),
-    "an answer of lists": (one(answer='[["b"]]'), "'output' entry 0 is a list"),
-    "no instance": (b'{"Instances": []}', "'Instances' has no usable instance"),
-    "only blank answers": (one(answer='[" ", "\\n"]'), "'Instances' has no usable instance"),
 }
 
 
@@ -99,74 +84,16 @@ def test_task_files(project, capsys, case):
 
 def test_what_is_no_file_is_missing(project, capsys):
     file = project / "data/tiny/task2/train.json"
-    for make in (
-        lambda: None,
-        file.mkdir,
-        lambda: file.symlink_to(file.name),
-        lambda: file.symlink_to("nowhere"),
-    ):
-        file.unlink() if file.is_symlink() or file.is_file() else file.is_dir() and file.rmdir()
-        make()
-        said = refused(project, capsys, "run", "tiny")
-        assert "task2 lacks train.json" in said and "--skip-incomplete" in said
     file.unlink()
+    file.mkdir()
+    assert "task2 lacks train.json" in refused(project, capsys, "run", "tiny")
+    file.rmdir()
     file.symlink_to(file.name)
+    (project / "data/tiny/task2/test.json").unlink()
+    said = refused(project, capsys, "run", "tiny")
+    assert "task2 lacks train.json and test.json" in said and "--skip-incomplete" in said
     with pytest.raises(GainLoRAError, match=r"train\.json: cannot be read \(Too many levels of symbolic links\)"):
         read_task(file.parent, "superni", "rouge_l")
-    (project / "data/tiny/task2/test.json").unlink()
-    assert "task2 lacks train.json and test.json" in refused(project, capsys, "run", "tiny")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file(project, capsys):
-    (project / "data/tiny/task2/train.json").chmod(0)
-    assert "train.json: cannot be read (Permission denied)" in refused(project, capsys, "run", "tiny")
-
-
-TEXTS = [
-    "{input} {0} {definition!r:>{width}} {{}} %s %(x)d $x ${x} \\n",
-    "nul \0 bell \a escape \x1b[31m delete \x7f end",
-    "שלום עולם \u202eright to left\u202c مرحبا",
-    "👩‍👩‍👧 🇺🇳 e\u0301 \u200b \ufeff \U0010ffff",
-    "</s> <pad> <|endoftext|> Output: Definition: Input:",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_any_character_is_text(tmp_path, text):
-    folder = tmp_path / "t"
-    folder.mkdir()
-    content = {"Definition": text, "Instances": [{"input": text, "output": [text, "x"]}], "Ignored": float("nan")}
-    raw = json.dumps(content, ensure_ascii=False)  # escapes control characters only
-    (folder / "train.json").write_text(raw, encoding="utf-8-sig")
-    (folder / "test.json").write_text(json.dumps(content))
-    task = read_task(folder, "long_sequence", "exact_match")
-    assert task.train == task.test and task.train[0].references == (text, "x")
-    assert task.prompt(task.train[0]) == f"{text}\n{text}\nOutput: "
-    rows = tokenize(task, "train", tiny_tokenizer(), DataConfig(), False, tmp_path / "cache")
-    assert rows["references"][0] == [text, "x"] and 1 not in rows["prompt_ids"][0]  # </s> in a text is no end
-
-
-def test_a_line_of_ten_megabytes_is_read_and_a_long_input_is_cut_at_its_end_and_counted(tmp_path):
-    for megabytes in (10, 0.2):
-        folder, text = tmp_path / f"t{megabytes}", "w1 " * 40 + "x" * int(megabytes * 1e6)
-        folder.mkdir()
-        for name in ("train", "test"):
-            (folder / f"{name}.json").write_bytes(one(json.dumps(text)))
-        task = read_task(folder, "long_sequence", "exact_match")
-        assert task.train[0].input == text
-    tokenizer = tiny_tokenizer()
-    rows = tokenize(task, "train", tokenizer, DataConfig(max_prompt_tokens=10), False, tmp_path / "cache")
-    assert tokenizer.convert_ids_to_tokens(rows["prompt_ids"][0]) == ["w1"] * 8 + ["Output", ":"]
-    assert rows["truncated"][:] == [True]
-
-
-def test_labels_json_decides_nothing(project):
-    """The benchmark's own answers are not all in its labels.json (qqp, mnli)."""
-    order = load_config("tiny").order
-    before = load_order(order, DataConfig())
-    (project / "data/tiny/task1/labels.json").write_text('["something else"')
-    assert load_order(order, DataConfig()) == before
 
 
 ORDER = "orders: {tiny: {data: data/tiny, template: superni, metric: rouge_l, tasks: [task1]}}\n"
@@ -180,17 +107,10 @@ PARAMS = {
     "a tab": ("train:\n\tepochs: 1\n", "params.yaml: not valid YAML: while scanning"),
     "not UTF-8": (b"seed: 1 # \xe9\n", "params.yaml: not UTF-8 (byte 10)"),
     "UTF-16": ("seed: 1\n".encode("utf-16"), "params.yaml: not UTF-8 (byte 0)"),
-    "a NUL byte": ("seed: \0\n", "params.yaml: not valid YAML"),
-    "open bracket": ("lora: {rank: 1\n", "params.yaml: not valid YAML"),
     "nested": ("[" * 500, "params.yaml: nested too deeply"),
-    "two documents": ("seed: 1\n---\nseed: 2\n", "params.yaml: not valid YAML"),
     "a section twice": ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "key 'train' is given twice"),
     "an option twice": ("train: {epochs: 1, 'epochs': 2}\n", "key 'epochs' is given twice"),
-    "unknown anchor": ("seed: *here\n", "params.yaml: not valid YAML"),
     "code": ("seed: !!python/object/apply:os.system [ls]\n", "params.yaml: not valid YAML"),
-    "no integer": ("seed: !!int ''\n", "params.yaml: not valid YAML"),
-    "no truth": ("seed: !!bool perhaps\n", "params.yaml: not valid YAML"),
-    "a key of a list": ("? [a]\n: 1\n", "params.yaml: not valid YAML"),
     "a bomb of aliases": (BOMB + "seed: *b29\n" + ORDER, "b0: unknown option"),
     "a bomb in an option": (f"seed: [{BOMB.replace(chr(10), ' ')}]".replace("b0: ", "") + "\n", "not valid YAML"),
     "a bomb of merges": (MERGES, "'<<' gathers more than 10000 keys"),
@@ -231,15 +151,10 @@ COMMANDS = [
     ("run data.yaml", "data.yaml: no such file"),
     ("run " + "x" * 300 + ".yaml", "File name too long; name another place"),
     ("run params.yaml", "orders.params.method: unknown option; known: name"),
-    ("run tiny --method gainlora", "method: 'gainlora' is unknown; choose from"),
-    ("run tiny --seed -1", "seed: got -1, expected 0 or more"),
     ("run tiny --model base/nowhere", "model.name: base/nowhere: no such folder"),
     ("run tiny --model data", "model.name: data: the folder needs config.json and weights"),
     ("run tiny --set seed=1 --set seed=1", "seed: given twice on the command line"),
     ("run tiny --set seed=1 --seed 1", "seed: given twice"),
-    ("run tiny --set .=1", "override: '.' is no option"),
-    ("run tiny --set train=1", "'train' is a section"),
-    ("run tiny --set seed.x=1", "'seed' holds a value, not a section"),
     ("run tiny --set train.epochs=", "train.epochs: got None, expected a whole number"),
     ("run tiny --set order.tasks=[nothing]", "nothing lacks train.json and test.json"),
     ("run tiny --set order.data=nowhere", "orders.tiny.data: nowhere: no such folder"),
@@ -250,8 +165,6 @@ COMMANDS = [
     ("compare tiny --set method=olora", "method: given twice"),
     ("compare nothing", "no order 'nothing'"),
     ("sweep", "orders: nothing to run"),
-    ("sweep tiny --set train.epoch=2", "train.epoch: unknown option; did you mean 'epochs'"),
-    ("sweep --plan nowhere.yaml", "nowhere.yaml: not found"),
     ("report nowhere", "nowhere: no such run; give a folder"),
     ("report nowhere.json", "nowhere.json: not found"),
     ("report params.yaml", "params.yaml/config.json: not found"),

@@ -2,10 +2,8 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from gainlora.training.checkpoint import Checkpoints, latest
 from gainlora.training.train import target_loss
 from tests.runs import assert_equal_runs, copy_of, flip, learn, project, run
 
-RUN = "import sys; from pathlib import Path; from tests.runs import run\nrun(Path(sys.argv[1]), sys.argv[2])\n"
 ENVIRONMENT = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 OPTIONS = {"train__checkpoint_every": 2, "train__epochs": 2, "train__lr_scheduler": "cosine"}
 """24 examples in batches of 8, twice: 6 steps a task, checkpoints after 2, 4 and 6."""
@@ -142,27 +139,3 @@ def test_when_the_disk_is_full_it_says_so_and_goes_on_once_there_is_room(whole, 
     assert "not written: " in ended.stderr and "the same command again" in ended.stderr
     run(root, METHOD)
     assert_equal_runs(root, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_killed_at_random_moments_it_ends_as_if_never_stopped(whole, tmp_path):
-    """SIGKILL at 20 moments, wherever they fall, of as many runs as it takes."""
-    expected = whole("llama", METHOD)
-    command = [sys.executable, "-c", RUN]
-    started = time.monotonic()
-    subprocess.run([*command, copy_of(expected, tmp_path / "timed"), METHOD], env=ENVIRONMENT, check=True)
-    length = time.monotonic() - started
-    chooser, kills, runs = random.Random(0), 0, 0
-    while kills < 20:
-        runs += 1
-        root = copy_of(expected, tmp_path / f"killed{runs}")
-        while not list(root.glob("runs/*/result.json")):
-            process = subprocess.Popen([*command, root, METHOD], env=ENVIRONMENT)
-            try:
-                assert process.wait(timeout=chooser.uniform(0.3, 1.1) * length) == 0
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-        assert_equal_runs(root, expected)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gainlora.config import load_config
-from gainlora.plans import Experiment, experiments
+from gainlora.plans import experiments
 from gainlora.report.report import report_page
 from gainlora.runs.records import read_result_file
 from results.write import texts
@@ -26,17 +25,6 @@ def test_methods_of_one_order_and_model_differ_in_nothing_but_the_plan_says():
     for order, model in {(order, config.model.name) for order, config in plan}:
         configs = [c.learning() for o, c in plan if (o, c.model.name) == (order, model)]
         assert len({json.dumps({**config, "method": "", "seed": 0}, sort_keys=True) for config in configs}) == 1
-
-
-def test_the_command_says_all_that_the_file_stands_for():
-    options = {"gate.initial_key": "random"}
-    config = load_config("embedded", {"method": "gainlora-inflora", "seed": 1, **options})
-    e = Experiment("embedded", config, "no-init", options)
-    assert e.command == [
-        *("run", "embedded", "--method", "gainlora-inflora", "--seed", "1"),
-        *("--set", "gate.initial_key=random"),
-    ]
-    assert e.file(RESULTS) == Path("results/embedded/gainlora-inflora+no-init-smollm2-135m-1.json")
 
 
 def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():

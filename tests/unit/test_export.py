@@ -7,20 +7,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from flows import publish
 from gainlora import GainLoRAModel
 from gainlora.__main__ import main
-from gainlora.data.tasks import read_task
 from gainlora.export.hub import write_release
 from gainlora.export.saved import open_saved
 from gainlora.inference import Predictor
-from tests.runs import learn, project
+from tests.runs import learn, project, prompt
+
+RELEASED = {f"{name}.safetensors" for name in ("adapter_model", "gate", "subspace")}
+RELEASED |= {"adapter_config.json", "run.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +64,6 @@ def refused(capsys, *arguments) -> str:
     message, *page = err.splitlines()
     assert out == "" and message.startswith("error: ") and all(line.startswith("see docs/") for line in page)
     return err
-
-
-def prompt(run: Path, task: str, example: int = 0) -> str:
-    read = read_task(run.parent.parent / "data" / "tiny" / task, "long_sequence", "exact_match")
-    return read.prompt(read.test[example])
 
 
 # -- answers -----------------------------------------------------------------------------------------------
@@ -164,26 +165,6 @@ def test_a_damaged_run_is_not_used(gated, tmp_path, capsys):
         assert "changed since it was written (another SHA-256); `gainlora repair" in refused(capsys, *command)
 
 
-def test_another_base_model_in_its_place_is_refused(gated, tmp_path, capsys):
-    """Of the same shapes: one that was trained further. The same weights in other files are the same model."""
-    task = gated / "task_03_task3"
-    named = json.loads((task / "adapter_config.json").read_text())
-    base = shutil.copytree(named["base_model"], tmp_path / "base")
-    expected = said(capsys, "predict", gated, "w1 w2")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    (base / "model.safetensors").unlink()
-    model.save_pretrained(base, max_shard_size="20KB")
-    assert len(list(base.glob("model-*.safetensors"))) > 1
-    assert said(capsys, "predict", gated, "w1 w2", "--base", base) == expected
-    model.to(torch.bfloat16).save_pretrained(base, max_shard_size="20KB")
-    assert said(capsys, "predict", gated, "w1 w2", "--base", base)
-
-    model.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 0.1
-    model.save_pretrained(base, max_shard_size="20KB")
-    said_of_it = f"{task}: was learned on a base model {named['base_model']!r} with other weights than {base} has; give"
-    assert said_of_it in refused(capsys, "predict", gated, "w1 w2", "--base", base)
-
-
 def test_a_prompt_that_is_cut_is_said(gated, capsys):
     assert main(["predict", str(gated), "w1 " * 40]) == 0
     assert "1 of 1 prompts were cut to 32 tokens (data.truncate: input)" in capsys.readouterr().err
@@ -215,10 +196,7 @@ def test_a_finished_model_stands_alone(gated, tmp_path, capsys, monkeypatch):
     expected = said(capsys, "predict", gated, text, "--task", "task2", "--explain")
     write_release(open_saved(away / "runs" / gated.name), tmp_path / "model")
     shutil.rmtree(away)
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "gate.safetensors", "subspace.safetensors", "run.json",
-        "README.md",
-    }  # fmt: skip
+    assert {p.name for p in (tmp_path / "model").iterdir()} == RELEASED
     base = gated.parent.parent / "base"
     assert said(capsys, "predict", tmp_path / "model", text, "--task", "task2", "--explain", "--base", base) == expected
     card = (tmp_path / "model" / "README.md").read_text()
@@ -239,6 +217,29 @@ def test_what_a_flow_publishes_is_a_finished_model(gated, tmp_path, capsys, monk
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["tiny"]
     text = prompt(gated, "task3")
     assert said(capsys, "predict", "adapters/tiny", text) == said(capsys, "predict", gated, text)
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(gated, tmp_path, capsys, monkeypatch):
+    """Nothing but the adapter, the run and the card goes there, and the answers are the same."""
+    monkeypatch.chdir(tmp_path)
+
+    def upload(*, repo_id, folder_path, allow_patterns, commit_message):
+        names = [path.name for path in Path(folder_path).iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / "hub" / repo_id).mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path, name), tmp_path / "hub" / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    api = create_autospec(HfApi)
+    api.return_value.upload_folder.side_effect = upload
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: tmp_path / "hub" / name)
+    assert said(capsys, "push", gated, "me/tiny", "--private") == "https://hub/me/tiny/commit/1\n"
+    api.return_value.create_repo.assert_called_once_with("me/tiny", private=True, exist_ok=True)
+    assert {path.name for path in (tmp_path / "hub" / "me" / "tiny").iterdir()} == RELEASED
+    assert 'from_pretrained("me/tiny")' in (tmp_path / "hub" / "me" / "tiny" / "README.md").read_text()
+    here, there = (said(capsys, "predict", place, prompt(gated, "task2"), "--explain") for place in (gated, "me/tiny"))
+    assert here == there and here.count("█") > 3
 
 
 # -- peft and plain weights --------------------------------------------------------------------------------

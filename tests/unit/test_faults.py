@@ -1,9 +1,5 @@
 """What cannot go on says why, by task and layer or by file, keeps what is whole, and goes on once it is mended."""
 
-from __future__ import annotations
-
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gainlora.errors import GainLoRAError, refused_by_system
+from gainlora.errors import GainLoRAError
 from gainlora.io import verify_checksums
-from tests.dying import at, bound_by_permissions, in_a_process
-from tests.runs import assert_equal_runs, copy_of, create, learn, project, run, tensors
-from tests.unit.test_checkpoint import OPTIONS
+from tests.runs import copy_of, learn, project, tensors
 
 METHOD = "gainlora-inflora"
 LAYER = r"model\.layers\.\d\.self_attn\.q_proj"
@@ -88,80 +82,3 @@ def test_a_branch_that_is_not_finite_after_its_last_step_is_refused(tmp_path: Pa
 
 
 # ---- files and folders that the system refuses ---------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = project(tmp_path_factory.mktemp("whole"), **OPTIONS)
-    assert in_a_process(run, root, METHOD) == 0
-    return root
-
-
-def refused(root: Path, point: str, call: int, pattern: str, mode: int) -> None:
-    """Learn; at the point the file or folder gets other permissions. What is said then goes to <root>/said."""
-
-    def change() -> None:
-        (path,) = root.glob(pattern)
-        path.chmod(mode)
-
-    said = (root / "said").open("w")
-    bound_by_permissions()
-    at(point, call, change)
-    try:
-        run(root, METHOD)
-    except GainLoRAError as error:
-        said.write(str(error))
-    except OSError as error:
-        said.write(str(refused_by_system(error)))
-    said.flush()
-
-
-RUN, LEARNER = "gainlora.runs.run:", "gainlora.training.learner:"
-REFUSED = {  # when, what, permissions, what is said
-    "the run folder before a task": (LEARNER + "prepare_task", 2, "runs/tiny-*", 0o555, ".task_02_task2.partial"),
-    "the run folder before its seal": ("gainlora.io:seal", 2, "runs/tiny-*", 0o555, "task_02_task2.partial"),
-    "a task's folder in training": (
-        *("gainlora.training.checkpoint:Checkpoints.save", 5, "runs/tiny-*/.task_02*", 0o555),
-        ".task_02_task2.partial/.checkpoint_00004",
-    ),
-    "a task's folder in evaluation": (
-        LEARNER + "evaluate_task",
-        4,  # task 1 is answered by the base model, too, and task 2 before it is learned
-        "runs/tiny-*/.task_02*",
-        0o555,
-        "task_02_task2.part",
-    ),
-    "tokenized examples": (LEARNER + "prepare_task", 1, ".cache/tokenized", 0o555, ".cache/tokenized"),
-    "the result": (RUN + "read_run", 1, "runs/tiny-*", 0o555, "result.json: not written: Permission denied; free"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_may_not_be_read_or_written_is_named_and_taken_again(whole: Path, tmp_path: Path, name: str) -> None:
-    root = copy_of(whole, tmp_path / "refused")
-    shutil.rmtree(root / ".cache")
-    *when, expected = REFUSED[name]
-    assert in_a_process(refused, root, *when) == 0
-    said = (root / "said").read_text()
-    assert expected in said and "Permission denied" in said and "\n" not in said
-    for path in root.rglob("*"):
-        os.chmod(path, 0o755 if path.is_dir() else 0o644)
-    left(root)
-    assert in_a_process(run, root, METHOD) == 0
-    assert_equal_runs(root, whole)
-
-
-@pytest.mark.parametrize("name", ["gate.safetensors", "scores.json", "checksums.json"])
-def test_a_finished_task_that_cannot_be_read_is_named(whole: Path, tmp_path: Path, name: str) -> None:
-    root = copy_of(whole, tmp_path / "copy")
-    with create(root, method=METHOD) as begun:
-        file = begun.seal(1) / name
-    content = file.read_bytes()
-    file.unlink()
-    file.mkdir()
-    with pytest.raises((GainLoRAError, OSError), match=name):
-        run(root, METHOD)
-    file.rmdir()
-    file.write_bytes(content)
-    run(root, METHOD)
-    assert_equal_runs(root, whole)

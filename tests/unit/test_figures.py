@@ -1,7 +1,5 @@
 """Figures hold the runs' data, and are readable without colour."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from pathlib import Path

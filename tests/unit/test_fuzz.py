@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gainlora.config import RunConfig, load_config
 from gainlora.data.tasks import Task, read_task
 from gainlora.errors import LONGEST, GainLoRAError
-from gainlora.io import parse_json, parse_yaml
+from gainlora.io import parse_yaml
 
 fuzz = settings(
     max_examples=150,
@@ -144,14 +144,3 @@ def test_any_text_is_yaml_or_refused(tag, text):
     except GainLoRAError as error:
         one_line(error)
         assert str(error).startswith("here: ") and str(error).endswith("mend it.")
-
-
-@fuzz
-@given(
-    st.binary(max_size=40) | TEXT.map(lambda text: text.encode("utf-16")) | VALUES.map(lambda v: json.dumps(v).encode())
-)
-def test_any_bytes_are_json_or_refused(content):
-    try:
-        parse_json(content, Path("here"), "mend it")
-    except GainLoRAError as error:
-        one_line(error)

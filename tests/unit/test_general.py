@@ -1,7 +1,5 @@
 """What is measured beside R: a task before it is learned, general ability on plain text, gates as routers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -63,12 +63,8 @@ WORKING = [name for name in FAMILIES if name not in NEVER]
 @pytest.fixture(scope="module")
 def params(tmp_path_factory):
     root = tmp_path_factory.mktemp("params")
-    return tiny_params(root, tiny_and_saved(root / "base"), train__batch_size=4, data__max_target_tokens=3)
-
-
-def tiny_and_saved(folder):
-    tiny_llama(folder)
-    return folder
+    tiny_llama(root / "base")
+    return tiny_params(root, root / "base", train__batch_size=4, data__max_target_tokens=3)
 
 
 def load(name, folder):

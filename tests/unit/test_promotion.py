@@ -9,11 +9,8 @@ from gainlora.runs.records import read_run
 from gainlora.sections import PromoteConfig
 from gainlora.tracking.promotion import decide
 from gainlora.training.metrics import lower_bound
-from tests.fake_run import BASE, MAJORITY, TASKS, write_run
+from tests.fake_run import BASE, MAJORITY, TASKS, THREE, R, write_run
 
-R = [[84.0], [81.0, 88.0], [82.0, 87.0, 71.0]]
-"""AP 80, FT 1.5."""
-THREE = TASKS[:3]
 USUAL = PromoteConfig()
 
 

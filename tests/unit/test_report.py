@@ -1,7 +1,5 @@
 """Reports: tables and statistics hold hand-computed numbers."""
 
-from __future__ import annotations
-
 import io
 import re
 from dataclasses import replace
@@ -273,12 +271,6 @@ def test_published_figures_stand_beside_the_same_setup_alone(tmp_path: Path, how
     assert (beside if beside is None else tuple(published().loc[beside, ["AP", "FT"]])) == figures
     text = report_page([record], 1).markdown
     assert ("published AP" in text) == (figures is not None)
-
-
-def test_published_rows_of_methods_that_are_not_here() -> None:
-    rows = published().set_index(["model", "method", "order"])
-    assert tuple(rows.loc[("t5-large", "lfpt5", "order1")]) == (39.03, 10.87)
-    assert tuple(rows.loc[("t5-large", "migu+ft", "order4")]) == (71.30, 11.39)
 
 
 def test_published_figures_do_not_stand_beside_unfinished_or_varied_runs(tmp_path: Path) -> None:

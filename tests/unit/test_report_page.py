@@ -1,7 +1,5 @@
 """The report's page is well-formed and self-contained, equals its Markdown, and passes nothing hostile on."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """The router of `routed-X`: joint ridge regression from sums, on features that no branch touches."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

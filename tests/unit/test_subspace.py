@@ -10,7 +10,6 @@ from gainlora.model.subspace import (
     expand_basis,
     expand_blocks,
     inflora_A,
-    principal_directions,
     threshold_at,
 )
 
@@ -120,22 +119,6 @@ def largest_angle(a, b):
     """The largest principal angle (its sine) between two spans of orthonormal columns of equal number."""
     assert a.shape == b.shape
     return float(torch.linalg.matrix_norm(a - b @ (b.T @ a), 2))
-
-
-@pytest.mark.parametrize("d", [24, 512])  # all directions at once, and by iteration
-def test_principal_directions_are_left_singular_vectors_of_the_residual(d):
-    c = covariance(inputs(300, d, 12))[0].double()
-    basis = expand_basis(
-        torch.zeros(d, 0).double(), covariance(inputs(90, d, 4, 5))[0].double(), 1.0, "covariance", "layer"
-    )
-    u, s = exact_directions(c, basis)
-    for k in (1, 3, 8, 50):
-        found = principal_directions(c, basis, "layer", lambda sigma, rest, k=k: k)
-        n = found.shape[1]  # at most the numerical rank: old directions are no part of the residual
-        assert n == min(k, int((s > 1e-6 * c.norm()).sum())) and n <= 12
-        assert largest_angle(found, u[:, :n]) < 1e-9
-        assert (basis.T @ found).abs().max() < 1e-12
-        torch.testing.assert_close(found.T @ found, torch.eye(n).double())
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])  # sigma_i = i^-decay; the flattest is beyond an iteration's reach

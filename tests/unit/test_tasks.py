@@ -56,11 +56,6 @@ def test_prompts_are_exact(tmp_path: Path, template: str, definition: object, pr
     assert task.prompt(task.train[0]) == prompt
 
 
-def test_definition_may_be_absent_and_file_may_have_a_byte_order_mark(tmp_path: Path) -> None:
-    content = b"\xef\xbb\xbf" + json.dumps({"Instances": GOOD["Instances"]}).encode()
-    assert read_task(write_task(tmp_path / "t", content, content), "superni", "rouge_l").instruction == ""
-
-
 def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_path: Path) -> None:
     train = {**GOOD, "Instances": [{"input": "a", "output": [" "]}, {"input": "b", "output": ["", "x"]}]}
     task = read_task(write_task(tmp_path / "t", train), "superni", "rouge_l")
@@ -131,16 +126,6 @@ def test_bad_files_are_refused_with_file_place_and_key(tmp_path: Path, case: str
     for part in [str(tmp_path / "t" / "test.json"), *expected]:
         assert part in message
     assert "\n" not in message
-
-
-def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path) -> None:
-    folder = write_task(tmp_path / "t")
-    (folder / "test.json").unlink()
-    with pytest.raises(GainLoRAError, match=r"test\.json: not found"):
-        read_task(folder, "superni", "rouge_l")
-    (folder / "test.json").mkdir()
-    with pytest.raises(GainLoRAError, match=r"test\.json: cannot be read"):
-        read_task(folder, "superni", "rouge_l")
 
 
 def test_different_definitions_are_refused(tmp_path: Path) -> None:
