@@ -5,8 +5,6 @@
 An outer `dvc repro` holds DVC's lock, so nothing here takes it inside one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

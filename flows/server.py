@@ -11,8 +11,6 @@ The server answers this machine only. Prefect itself accepts any Host header and
 in a browser here could start flows (DNS rebinding, requests across sites); `create_app` refuses both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

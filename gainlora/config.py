@@ -7,8 +7,6 @@ A command reads params.yaml once and passes the object down. Wrong values are re
 loaded or written, by one GainLoRAError that names the option, the value and the expected ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,7 +142,7 @@ class RunConfig(Settings):
             )
 
     @classmethod
-    def of(cls, model: str, **options: Any) -> RunConfig:
+    def of(cls, model: str, **options: Any) -> Self:
         """The defaults with some options, for tasks in memory: no order is given in advance.
 
         Args:
@@ -174,19 +172,19 @@ class RunConfig(Settings):
             _set(values, option, value, "override")
         return parse(cls, values)
 
-    def with_options(self, options: Mapping[str, Any]) -> RunConfig:
+    def with_options(self, options: Mapping[str, Any]) -> Self:
         """This configuration with other values, by dotted option, e.g. {"subspace.horizon": 5}; checked again."""
         values = self.model_dump()
         for option, value in options.items():
             _set(values, option, value, "override")
-        return parse(RunConfig, values)
+        return parse(type(self), values)
 
     def learning(self) -> dict[str, Any]:
         """The options that decide what is learned, ready for JSON, as in a run's config.json."""
         return self.model_dump(mode="json", exclude=set(Settings.model_fields))
 
     @classmethod
-    def from_stored(cls, values: Mapping[str, Any]) -> RunConfig:
+    def from_stored(cls, values: Mapping[str, Any]) -> Self:
         """The configuration of a run from its config.json, of this version or an earlier one.
 
         Raises:

@@ -1,7 +1,5 @@
 """Inference with a learned model: prompts as in training, batches of similar length, answers in input order."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ silently keep the last value. A sealed folder's files are read-only, since sever
 them, never edit them.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -7,8 +7,6 @@ them on this machine through accelerate's launcher, in this process; by hand the
 (docs/cluster.md).
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import os

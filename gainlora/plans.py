@@ -12,8 +12,6 @@ Each run is a process of its own. A repeated sweep skips runs with a result file
 folders. Runs take turns on GPUs (`gainlora run --queue`).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -3,8 +3,6 @@
 Each section is frozen and checked on construction. `gainlora.config` puts them together.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from typing import Annotated, Any, NoReturn

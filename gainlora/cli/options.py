@@ -1,7 +1,5 @@
 """Shared arguments and options with their completion, and the declaration of commands."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads prompts from a JSON-lines file; checks all lines before a model is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ option, so no mean mixes them. The code version separates runs only where one se
 code affect no result; `provenance` names the means that mix it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

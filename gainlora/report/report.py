@@ -1,7 +1,5 @@
 """The report of runs: a verdict, comparisons of methods, then every run; sections of a page over one `Frame`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path

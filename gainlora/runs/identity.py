@@ -6,8 +6,6 @@ Two runs with k equal first ids learned the same k tasks, bit for bit on one mac
 part of the id unless they are listed here as irrelevant, or unused by the method.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

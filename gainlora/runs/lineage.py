@@ -6,8 +6,6 @@ Each new run begins a lineage of its own name. `gainlora learn` and `gainlora fo
 the head, in one atomic write; inboxes, deployments and the registry name the lineage.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

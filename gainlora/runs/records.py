@@ -15,8 +15,6 @@ states them, they must agree. A finished step is read only if its files match it
 and no model: of the learned state it reads only tensor shapes, from safetensors headers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

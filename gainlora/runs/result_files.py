@@ -1,7 +1,5 @@
 """Result files of finished runs: small JSON files for version control (their content: `gainlora.runs.records`)."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
