@@ -63,6 +63,11 @@ def not_written(path: Path, error: Exception) -> RetryableError:
     )
 
 
+def reason(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def refused_by_system(error: OSError) -> GainLoRAError:
     """The error for a file that the system refuses: disk full, no permission, a file in place of a folder."""
     misplaced = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)

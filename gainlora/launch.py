@@ -20,7 +20,7 @@ from typing import Any
 
 from gainlora import distributed
 from gainlora.distributed import PeerProcessDied
-from gainlora.errors import GainLoRAError, RetryableError, RunLocked
+from gainlora.errors import GainLoRAError, RetryableError, RunLocked, reason
 from gainlora.io import waiting_lock
 
 HERE = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()  # noqa: SIM905
@@ -57,8 +57,9 @@ def launch(folder: Path, step: int, num_processes: int, config: str | None = Non
     except SignalException as error:  # SIGINT or SIGTERM, which the processes got, too
         raise KeyboardInterrupt(int(error.sigval)) from None
     except Exception as error:  # accelerate's, about its configuration
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GainLoRAError(f"launch.config: {config}: {num_processes} processes cannot start: {reason}.") from None
+        raise GainLoRAError(
+            f"launch.config: {config}: {num_processes} processes cannot start: {reason(error)}."
+        ) from None
 
 
 def _as_error(failure: Any, num_processes: int) -> GainLoRAError:

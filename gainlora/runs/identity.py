@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gainlora.config import RunConfig
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.io import read_json, sha256, write_json
 from gainlora.model.base import device_name, pick_device, pick_dtype
 from gainlora.rules import ALL_TASKS, BranchRule
@@ -213,10 +213,9 @@ def _hub_commit(hub_id: str) -> str:
     try:
         return Path(hf_hub_download(hub_id, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except Exception as error:  # of the hub, the network, or the disk
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(
-            f"model.name: {hub_id!r}: its config.json cannot be loaded from the hub ({reason}); give a hub id that you "
-            "have access to, or a folder with config.json, safetensors weights and a tokenizer."
+            f"model.name: {hub_id!r}: its config.json cannot be loaded from the hub ({reason(error)}); give a hub id "
+            "that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
         ) from None
 
 
