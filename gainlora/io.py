@@ -224,20 +224,29 @@ def remove(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden, empty folder; once the block has filled it, it becomes `folder`, in place of an earlier one."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Make `target` a copy of a sealed folder with hard links, or copies where links are impossible.
 
     Raises:
         GainLoRAError: the source is damaged; `target` is not created.
     """
-    part = target.with_name(f".{target.name}.linked")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(target) as part:
         link_files(source, part)
         verify_checksums(part)
-        rename(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def link_files(source: Path, target: Path) -> None:
