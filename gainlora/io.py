@@ -154,14 +154,28 @@ class _Loader(yaml.SafeLoader):
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:
     """Write one JSON object per line, atomically."""
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -323,16 +337,3 @@ def waiting_lock(path: Path) -> Iterator[None]:
     with path.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise not_written(path, error) from None

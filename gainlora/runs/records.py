@@ -123,6 +123,12 @@ class Record:
         """Whether every step is finished."""
         return len(self.steps) == len(self.config["steps"])
 
+    def check_finished(self) -> None:
+        """Refuse an unfinished run (GainLoRAError)."""
+        if not self.complete:
+            done = f"{len(self.steps)} of {len(self.config['steps'])} tasks are learned"
+            raise GainLoRAError(f"{self.folder or self.run_id}: {done}; run the same command again to finish it.")
+
     @property
     def at_once(self) -> bool:
         """Whether all tasks are learned in one step, so that there is no sequence."""

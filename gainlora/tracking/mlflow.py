@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gainlora.errors import GainLoRAError
 from gainlora.io import read_json
 from gainlora.runs.records import MEASURES, Key, Record, Step, flatten, read_run, read_step, train_records
 from gainlora.sections import ReportConfig, TrackingConfig
@@ -167,9 +166,7 @@ def finish(
         GainLoRAError: a task is not finished.
     """
     run = read_run(folder)
-    if not run.complete:
-        done = f"{len(run.steps)} of {len(run.config['steps'])} tasks are learned"
-        raise GainLoRAError(f"{folder}: {done}; run the same command again to continue it.")
+    run.check_finished()
     with store(tracking, root) as (client, _):
         parent = client.get_run(parent_run_id)
     digest = _digest(json.dumps(run.result, sort_keys=True))

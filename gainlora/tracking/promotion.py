@@ -115,8 +115,7 @@ def promote(folder: Path, uri: str, required: PromoteConfig, by_hand: str | None
         GainLoRAError: the run is not finished or not in MLflow, or its base is missing.
     """
     run = read_run(folder)
-    if not run.complete:
-        raise GainLoRAError(f"{folder}: is not finished, so it cannot be promoted; finish it first.")
+    run.check_finished()
     model = model_name(run.config["order"])
     for _ in range(ATTEMPTS):
         with connect(uri) as client:
