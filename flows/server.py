@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from gainlora import io
 from gainlora.errors import GainLoRAError, format_error
 from gainlora.prefect_server import RECORD, answers, read_record
@@ -59,7 +61,7 @@ def start(jobs: int | None = None) -> str:
     Raises:
         GainLoRAError: the port is taken, a runner with another limit is there, or a process did not start.
     """
-    with io.waiting_lock(HOME / "start.lock"):
+    with FileLock(HOME / "start.lock"):
         return _start(jobs)
 
 

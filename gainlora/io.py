@@ -328,12 +328,3 @@ def lock(path: Path, what: str) -> IO[str]:
     handle.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
     handle.flush()
     return handle
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock on `path` and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -1,4 +1,4 @@
-"""Several processes that learn one run together, and locks for devices.
+"""Several processes that learn one run together.
 
     accelerate launch [OPTIONS] -m gainlora.launch RUN [STEP]
 
@@ -13,15 +13,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gainlora import distributed
 from gainlora.distributed import PeerProcessDied
 from gainlora.errors import GainLoRAError, RetryableError, RunLocked, reason
-from gainlora.io import waiting_lock
 
 HERE = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()  # noqa: SIM905
 """All of it on this machine. Without GPUs, too: the option's name is older than what it does."""
@@ -79,13 +76,6 @@ def _message(failure: Any) -> str:
     """What the process wrote to its error file (`record`)."""
     found: Any = failure.error_file_data["message"] if failure.error_file_data else failure.message
     return str(found["message"] if isinstance(found, dict) else found)
-
-
-@contextmanager
-def device_lock(device: str, root: Path = Path(".")) -> Iterator[None]:
-    """Wait for a device, and keep it: runs beside each other would run out of its memory."""
-    with waiting_lock(root / ".cache" / "locks" / device.replace(":", "-")):
-        yield
 
 
 def main(arguments: list[str]) -> None:

@@ -269,12 +269,14 @@ def _learn(run: Run, settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _devices(config: RunConfig) -> Iterator[None]:
-    """Wait until no other queued run uses the GPUs of this run, and hold them; no-op on CPUs."""
-    from gainlora.launch import device_lock
+    """Wait until no other queued run uses the GPUs of this run, and hold them; no-op on CPUs. Runs beside each other
+    would run out of memory."""
+    from filelock import FileLock
+
     from gainlora.plans import visible_gpus
 
     several = config.launch.num_processes > 1 or config.model.device_map
     with ExitStack() as locks:
         for name in sorted(visible_gpus()[: None if several else 1]):  # sorted, to avoid deadlock
-            locks.enter_context(device_lock(f"cuda:{name}"))
+            locks.enter_context(FileLock(Path(".cache", "locks", f"cuda-{name}")))
         yield

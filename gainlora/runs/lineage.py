@@ -9,9 +9,11 @@ the head, in one atomic write; inboxes, deployments and the registry name the li
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from gainlora import io
 from gainlora.errors import GainLoRAError
-from gainlora.io import read_json, waiting_lock, write_json
+from gainlora.io import read_json, write_json
 
 FOLDER = "lineages"
 
@@ -68,7 +70,7 @@ def remove(name: str, root: Path) -> None:
 
 def move(name: str, run: str, root: Path, forgets: str | None = None) -> None:
     """Make `run` the head; `forgets` names a run to be removed later (`collect`)."""
-    with waiting_lock(root / "runs" / FOLDER / ".lock"):
+    with FileLock(root / "runs" / FOLDER / ".lock"):
         forgotten = sorted({*_read(root, name)["forgotten"], *filter(None, [forgets])})
         write_json(_file(root, name), {"head": run, "forgotten": forgotten})
 
@@ -79,7 +81,7 @@ def collect(root: Path) -> dict[str, str]:
     if not any(read_json(file).get("forgotten") for file in files):
         return {}
     gone = {}
-    with waiting_lock(root / "runs" / FOLDER / ".lock"):
+    with FileLock(root / "runs" / FOLDER / ".lock"):
         lineages = {file: read_json(file, "head", "forgotten") for file in files}
         heads = {lineage["head"] for lineage in lineages.values()}
         for file, lineage in lineages.items():

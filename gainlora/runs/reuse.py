@@ -8,6 +8,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from gainlora import io
 from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
@@ -33,7 +35,7 @@ def make_folder(root: Path, described: dict[str, Any], data: dict[str, Any], own
     """
     name = described["run_id"]
     folder = root / "runs" / name
-    with io.waiting_lock(root / "runs" / ".new.lock"):
+    with FileLock(root / "runs" / ".new.lock"):
         if (folder / "config.json").is_file():
             if io.read_json(folder / "config.json").get("ids") != described["ids"]:
                 raise GainLoRAError(f"{folder}: is another run of the same name; move it away.")
