@@ -1,4 +1,4 @@
-"""Commands that learn: fetch, check (its own file), run, compare, sweep, learn, forget, repair, rerun."""
+"""Commands that learn: fetch, run, compare, sweep, learn, forget, repair, rerun."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gainlora.cli import options as cli
-from gainlora.cli.check import check
 from gainlora.errors import GainLoRAError
 
 if TYPE_CHECKING:
     from gainlora.config import RunConfig, Settings
     from gainlora.runs.run import Run
-
-
-def add(app: typer.Typer) -> None:
-    """Declare the commands."""
-    cli.declare(app, "Learn", fetch, check, run, compare, sweep)
-    cli.declare(app, "Work on a run", learn, forget, repair, rerun)
 
 
 def fetch(

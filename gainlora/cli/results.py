@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from gainlora.runs.records import Record
 
 
-def add(app: typer.Typer) -> None:
-    """Declare the commands."""
-    cli.declare(app, "Look", runs, report, results)
-    cli.declare(app, "Model registry (MLflow)", promote, rollback, register)
-
-
 def runs() -> None:
     """List the runs of this folder: order, method, seed, tasks, AP, FT, state."""
     rows = [("run", "order", "method", "seed", "tasks", "AP", "FT", "state")]
