@@ -112,8 +112,7 @@ def sweep(
         Path | None, typer.Option(metavar="FILE", help="A YAML file with all of this, e.g. results/plan.yaml.")
     ] = None,
     results: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write result files; runs whose file exists are not run again."),
+        Path | None, typer.Option(metavar="DIR", help="Write result files; runs whose file exists are not run again.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs side by side.")] = 1,
     listed: Annotated[bool, typer.Option("--list", help="Print the command of each run and end.")] = False,

@@ -118,8 +118,7 @@ Learned = Annotated[
     ),
 ]  # fmt: skip
 Method = Annotated[
-    str | None,
-    typer.Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods)),
+    str | None, typer.Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods))
 ]
 Methods = Annotated[
     str | None, typer.Option(metavar="A,B,...", help="Names of methods.", autocompletion=_listed_methods)

@@ -59,8 +59,7 @@ def results(
 
 
 def promote(
-    name: cli.RunName,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the version.")],
+    name: cli.RunName, reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the version.")]
 ) -> None:
     """Make a finished run its order's champion regardless of the comparison."""
     from gainlora.sections import PromoteConfig
@@ -70,9 +69,7 @@ def promote(
     print(decision.reason)
 
 
-def rollback(
-    order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")],
-) -> None:
+def rollback(order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")]) -> None:
     """Restore the previous champion of an order."""
     from gainlora.tracking.promotion import rollback as back
 

@@ -54,12 +54,7 @@ class Decision:
     reason: str
 
 
-def decide(
-    run: Record,
-    champion: Record | None,
-    required: PromoteConfig,
-    name: str = "the champion",
-) -> Decision:
+def decide(run: Record, champion: Record | None, required: PromoteConfig, name: str = "the champion") -> Decision:
     """Decide whether a run becomes the champion.
 
     Args:
