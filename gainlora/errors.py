@@ -7,7 +7,6 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 HELP = "docs/troubleshooting.md"
 SECTIONS = {
@@ -91,11 +90,6 @@ def did_you_mean(name: str, known: Iterable[object]) -> str:
     return f"; did you mean {close[0]!r}" if close else f"; known: {', '.join(names)}" if names else ""
 
 
-def short_repr(value: Any) -> str:
-    """A value for a message, shortened; safe for large, deep or recursive values."""
-    return _short.repr(value)
-
-
 class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
@@ -105,4 +99,5 @@ class _Short(reprlib.Repr):
         return f"<{value.bit_length()} bits>" if value.bit_length() > 256 else repr(value)
 
 
-_short = _Short()
+short_repr = _Short().repr
+"""A value for a message, shortened; safe for large, deep or recursive values."""
