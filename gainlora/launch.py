@@ -8,9 +8,7 @@ them on this machine through accelerate's launcher, in this process; by hand the
 """
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -19,11 +17,10 @@ from typing import Any
 from gainlora import distributed
 from gainlora.distributed import PeerProcessDied
 from gainlora.errors import GainLoRAError, RetryableError, RunLocked, reason
+from gainlora.interrupts import end_with
 
 HERE = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()  # noqa: SIM905
 """All of it on this machine. Without GPUs, too: the option's name is older than what it does."""
-PR_SET_PDEATHSIG = 1
-"""Linux: the signal that a process gets when its parent ends."""
 
 
 def launch(folder: Path, step: int, num_processes: int, config: str | None = None) -> None:
@@ -88,8 +85,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="a folder under runs/")
     parser.add_argument("step", type=int, nargs="?", help="the only task to learn, from 1; none: all, and the result")
     options = parser.parse_args(arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate's launcher is the parent
-        _end_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate's launcher is the parent; what is written is whole at any time
+        end_with(os.getppid())
     distributed.join(pick_device())
     with Run.open(options.run) as run:
         run.config.check_processes(distributed.count())
@@ -102,16 +99,6 @@ def main(arguments: list[str]) -> None:
                 f"task {options.step}: this run has learned {run.finished} of {len(run.steps)}; give 1 to {possible}."
             )
         run.seal(options.step)
-
-
-def _end_with_launcher() -> None:
-    """Be killed when the launcher ends, however it ends: it would leave this process behind, which writes on. What is
-    written is whole at any moment."""
-    launcher = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != launcher:  # it ended before that
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
