@@ -50,6 +50,7 @@ def environment(url: str | None = None) -> dict[str, str]:
     return values | ({"PREFECT_API_URL": url} if url else {})
 
 
+@FileLock(HOME / "start.lock")
 def start(jobs: int | None = None) -> str:
     """Start the server and the runner of its deployments, and wait until both are ready; the server's address.
 
@@ -61,11 +62,6 @@ def start(jobs: int | None = None) -> str:
     Raises:
         GainLoRAError: the port is taken, a runner with another limit is there, or a process did not start.
     """
-    with FileLock(HOME / "start.lock"):
-        return _start(jobs)
-
-
-def _start(jobs: int | None) -> str:
     record, url = _own_record(), f"http://127.0.0.1:{_port()}/api"
     if _process(record.get("runner")) and jobs not in (None, record["jobs"]):
         raise GainLoRAError(
