@@ -68,8 +68,7 @@ def start(folder: Path, tracking: TrackingConfig, root: Path = Path(".")) -> str
             client, experiment, folder.name, {"mlflow.note.content": NOTE}, run_name=run_name(run)
         )
         run_id: str = parent.info.run_id
-        if parent.info.status != "RUNNING":
-            client.update_run(run_id, status="RUNNING")
+        client.update_run(run_id, status="RUNNING")
         # a run that learned a task since keeps its first params: MLflow lets none change
         params = {k: v for k, v in flatten(run.config["config"]).items() if k not in parent.data.params}
         log(client, run_id, params=params, tags=_tags(run))  # two at once would collide
@@ -94,8 +93,7 @@ def begin_task(folder: Path, step: str, parent: str, tracking: TrackingConfig, r
             _delete(client, child)
             child = None
         child = child or _create(client, experiment, key, run_name=step, tags={PARENT: parent})
-        if child.info.status != "RUNNING":
-            client.update_run(child.info.run_id, status="RUNNING")
+        client.update_run(child.info.run_id, status="RUNNING")
         return client, str(child.info.run_id)
 
 
