@@ -1,7 +1,5 @@
 """Artifacts of flows in Prefect's UI. Learning never depends on them: without a server they are skipped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID

@@ -8,8 +8,6 @@ Prefect server of this folder (gainlora/prefect_server.py) each phase is a task 
 in this process. Every phase is idempotent on the run folder, so starting again resumes; Prefect caches nothing.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -3,8 +3,6 @@
 `make serve` starts it (flows/server.py). A cluster uses work pools instead: prefect.yaml.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from pathlib import Path

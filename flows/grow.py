@@ -1,7 +1,5 @@
 """Flows `learn`, `inbox` and `sweep`: one more task for a run, on demand or from its inbox; many runs side by side."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from contextlib import nullcontext

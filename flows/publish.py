@@ -5,10 +5,7 @@
 An outer `dvc repro` holds DVC's lock, so nothing here takes it inside one.
 """
 
-from __future__ import annotations
-
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +66,8 @@ def publish(order: str, run_folder: Path) -> list[str]:
     io.write_json(Path("metrics", f"{order}.json"), io.read_json(run_folder / "result.json"))
     for name, rows in curves(read_run(run_folder)).items():
         io.write_json(Path("plots", order, f"{name}.json"), rows)
-    target = Path("adapters", order)
-    new = target.with_name(f".{order}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    write_release(open_saved(run_folder), new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
+    with io.whole_folder(Path("adapters", order)) as part:
+        write_release(open_saved(run_folder), part)
     if "DVC_STAGE" in os.environ or order not in STAGES:
         return []
     if not in_project():

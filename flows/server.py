@@ -11,8 +11,6 @@ The server answers this machine only. Prefect itself accepts any Host header and
 in a browser here could start flows (DNS rebinding, requests across sites); `create_app` refuses both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess
@@ -22,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from filelock import FileLock
 
 from gainlora import io
 from gainlora.errors import GainLoRAError, format_error
@@ -50,6 +50,7 @@ def environment(url: str | None = None) -> dict[str, str]:
     return values | ({"PREFECT_API_URL": url} if url else {})
 
 
+@FileLock(HOME / "start.lock")
 def start(jobs: int | None = None) -> str:
     """Start the server and the runner of its deployments, and wait until both are ready; the server's address.
 
@@ -61,11 +62,6 @@ def start(jobs: int | None = None) -> str:
     Raises:
         GainLoRAError: the port is taken, a runner with another limit is there, or a process did not start.
     """
-    with io.waiting_lock(HOME / "start.lock"):
-        return _start(jobs)
-
-
-def _start(jobs: int | None) -> str:
     record, url = _own_record(), f"http://127.0.0.1:{_port()}/api"
     if _process(record.get("runner")) and jobs not in (None, record["jobs"]):
         raise GainLoRAError(

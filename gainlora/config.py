@@ -7,12 +7,10 @@ A command reads params.yaml once and passes the object down. Wrong values are re
 loaded or written, by one GainLoRAError that names the option, the value and the expected ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,7 +34,6 @@ from gainlora.sections import (
     TrainConfig,
 )  # fmt: skip
 
-T = TypeVar("T")
 EXAMPLE_LIMITS = ("data.train_limit", "data.test_limit")
 
 
@@ -87,16 +84,12 @@ class RunConfig(Settings):
         }.items():
             if self.model.compile and other:
                 raise GainLoRAError(f"model.compile: not with {name}; set one of them to its default.")
-        if self.train.keep == "best" and not self.data.validation:
-            raise GainLoRAError(
-                "train.keep: best needs validation examples, and data.validation is 0; give it a fraction, or set "
-                "train.keep to last."
-            )
-        if self.train.patience and not self.data.validation:
-            raise GainLoRAError(
-                f"train.patience: {self.train.patience} needs validation examples, and data.validation is 0; give it a "
-                "fraction, or set train.patience to null."
-            )
+        for option, default in {"keep": "last", "patience": None}.items():
+            if (value := getattr(self.train, option)) != default and not self.data.validation:
+                raise GainLoRAError(
+                    f"train.{option}: {value} needs validation examples, and data.validation is 0; give it a fraction, "
+                    f"or set train.{option} to {default or 'null'}."
+                )
         self.check_processes(self.launch.num_processes)
         return self
 
@@ -144,7 +137,7 @@ class RunConfig(Settings):
             )
 
     @classmethod
-    def of(cls, model: str, **options: Any) -> RunConfig:
+    def of(cls, model: str, **options: Any) -> Self:
         """The defaults with some options, for tasks in memory: no order is given in advance.
 
         Args:
@@ -154,8 +147,8 @@ class RunConfig(Settings):
         Raises:
             GainLoRAError: an option is unknown, wrong, or several sections have it.
         """
-        values: dict[str, Any] = {"order": {"name": "tasks", "data": "memory", "tasks": []}, "model": {"name": model}}
-        values["order"] |= {"template": "long_sequence", "metric": "exact_match"}
+        order = {"name": "tasks", "data": "memory", "tasks": [], "template": "long_sequence", "metric": "exact_match"}
+        values: dict[str, Any] = {"order": order, "model": {"name": model}}
         sections = [
             name for name in cls.model_fields if name not in Settings.model_fields and option_names((name,), cls)
         ]
@@ -174,19 +167,19 @@ class RunConfig(Settings):
             _set(values, option, value, "override")
         return parse(cls, values)
 
-    def with_options(self, options: Mapping[str, Any]) -> RunConfig:
+    def with_options(self, options: Mapping[str, Any]) -> Self:
         """This configuration with other values, by dotted option, e.g. {"subspace.horizon": 5}; checked again."""
         values = self.model_dump()
         for option, value in options.items():
             _set(values, option, value, "override")
-        return parse(RunConfig, values)
+        return parse(type(self), values)
 
     def learning(self) -> dict[str, Any]:
         """The options that decide what is learned, ready for JSON, as in a run's config.json."""
         return self.model_dump(mode="json", exclude=set(Settings.model_fields))
 
     @classmethod
-    def from_stored(cls, values: Mapping[str, Any]) -> RunConfig:
+    def from_stored(cls, values: Mapping[str, Any]) -> Self:
         """The configuration of a run from its config.json, of this version or an earlier one.
 
         Raises:
@@ -280,16 +273,13 @@ def load_config(order: str, overrides: Mapping[str, Any] | None = None, params: 
     layers |= _layers("protocols", protocols, protocol, cases, file)
     for source, layer in {**layers, f"{where}.settings": settings, "override": overrides or {}}.items():
         if "train.epochs" in layer and isinstance(values.get("train"), dict):
-            values["train"] = {
-                **values["train"],
-                "task_epochs": {},
-            }  # a lower layer's exceptions do not outlive its rule
+            # a lower layer's exceptions do not outlive its rule
+            values["train"] = {**values["train"], "task_epochs": {}}
         for option, value in layer.items():
             _set(values, str(option), value, source)
-    empty = [
-        name for name, value in values.items() if value is None and option_names((name,), RunConfig)
-    ]  # `train:` without options
-    config = parse(RunConfig, {name: value for name, value in values.items() if name not in empty})
+    # `train:` without options counts as absent
+    given = {n: value for n, value in values.items() if value is not None or not option_names((n,), RunConfig)}
+    config = parse(RunConfig, given)
     if not config.order.tasks:
         raise GainLoRAError(f"orders.{config.order.name}.tasks: empty; name at least one task folder.")
     for task in (str(option).removeprefix(TASK_EPOCHS) for option in chosen if str(option).startswith(TASK_EPOCHS)):

@@ -6,8 +6,6 @@ So every process takes the same step, and their adapters stay equal. Only the fi
 (`on_main`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -7,7 +7,6 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 HELP = "docs/troubleshooting.md"
 SECTIONS = {
@@ -63,6 +62,11 @@ def not_written(path: Path, error: Exception) -> RetryableError:
     )
 
 
+def reason(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def refused_by_system(error: OSError) -> GainLoRAError:
     """The error for a file that the system refuses: disk full, no permission, a file in place of a folder."""
     misplaced = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -86,11 +90,6 @@ def did_you_mean(name: str, known: Iterable[object]) -> str:
     return f"; did you mean {close[0]!r}" if close else f"; known: {', '.join(names)}" if names else ""
 
 
-def short_repr(value: Any) -> str:
-    """A value for a message, shortened; safe for large, deep or recursive values."""
-    return _short.repr(value)
-
-
 class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
@@ -100,4 +99,5 @@ class _Short(reprlib.Repr):
         return f"<{value.bit_length()} bits>" if value.bit_length() > 256 else repr(value)
 
 
-_short = _Short()
+short_repr = _Short().repr
+"""A value for a message, shortened; safe for large, deep or recursive values."""

@@ -1,7 +1,5 @@
 """Inference with a learned model: prompts as in training, batches of similar length, answers in input order."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -66,16 +64,21 @@ class Predictor:
             return answer_prompts(model, self.tokenizer, parts, config, max_new_tokens, batch_size)
 
 
-def make_prompt(learned: SavedModel, text: str, task: str | None) -> str:
+def make_prompt(learned: SavedModel, text: Any, task: str | None) -> str:
     """The prompt for a text: with a task's template and instruction, or the text unchanged.
 
     Args:
         task: one of the run's tasks; None: `text` is the complete prompt.
 
     Raises:
-        GainLoRAError: no such task, the run does not record its instruction, or there is no text.
+        GainLoRAError: no such task, the run does not record its instruction, or the text is no string of characters.
     """
-    check_text(text)
+    if not isinstance(text, str) or not text.strip():
+        raise GainLoRAError(f"text: {'empty' if isinstance(text, str) else 'no text'}; give some.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone \ud800 is legal JSON, but no tokenizer accepts it
+        raise GainLoRAError("text: holds half a surrogate pair, which is no character; correct it.") from None
     if task is None:
         return text
     entries = learned.run.data
@@ -99,17 +102,3 @@ def check_task(learned: SavedModel, task: str | None) -> None:
         raise GainLoRAError(
             f"--task: {task or 'none'}: method single answers with one task's branch; name it: {known}."
         )
-
-
-def check_text(text: Any) -> None:
-    """Refuse values that are not text.
-
-    Raises:
-        GainLoRAError: not a string, blank, or not made of characters.
-    """
-    if not isinstance(text, str) or not text.strip():
-        raise GainLoRAError(f"text: {'empty' if isinstance(text, str) else 'no text'}; give some.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone \ud800 is legal JSON, but no tokenizer accepts it
-        raise GainLoRAError("text: holds half a surrogate pair, which is no character; correct it.") from None

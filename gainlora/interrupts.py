@@ -1,4 +1,4 @@
-"""Signals that must not be lost.
+"""Signals that must not be lost, and the end of a process with its parent.
 
 Python raises what a signal handler raises wherever the program is. Inside a finalizer or the callback of a weak
 reference it prints that exception and goes on: whoever asked the program to stop would wait for ever.
@@ -6,6 +6,7 @@ reference it prints that exception and goes on: whoever asked the program to sto
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -13,6 +14,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent ends."""
 AGAIN = 0.1
 """Seconds after which a lost signal is sent again."""
 
@@ -34,3 +38,11 @@ def resent() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def end_with(parent: int) -> None:
+    """Be killed when the parent ends, however it ends: it would leave this process behind, which writes on."""
+    if LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:  # it ended before that
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -5,8 +5,6 @@ silently keep the last value. A sealed folder's files are read-only, since sever
 them, never edit them.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -156,14 +154,28 @@ class _Loader(yaml.SafeLoader):
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:
     """Write one JSON object per line, atomically."""
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -226,20 +238,29 @@ def remove(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden, empty folder; once the block has filled it, it becomes `folder`, in place of an earlier one."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Make `target` a copy of a sealed folder with hard links, or copies where links are impossible.
 
     Raises:
         GainLoRAError: the source is damaged; `target` is not created.
     """
-    part = target.with_name(f".{target.name}.linked")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(target) as part:
         link_files(source, part)
         verify_checksums(part)
-        rename(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def link_files(source: Path, target: Path) -> None:
@@ -307,25 +328,3 @@ def lock(path: Path, what: str) -> IO[str]:
     handle.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
     handle.flush()
     return handle
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Wait for the lock on `path` and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise not_written(path, error) from None

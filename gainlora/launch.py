@@ -1,4 +1,4 @@
-"""Several processes that learn one run together, and locks for devices.
+"""Several processes that learn one run together.
 
     accelerate launch [OPTIONS] -m gainlora.launch RUN [STEP]
 
@@ -7,28 +7,20 @@ them on this machine through accelerate's launcher, in this process; by hand the
 (docs/cluster.md).
 """
 
-from __future__ import annotations
-
 import argparse
-import ctypes
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gainlora import distributed
 from gainlora.distributed import PeerProcessDied
-from gainlora.errors import GainLoRAError, RetryableError, RunLocked
-from gainlora.io import waiting_lock
+from gainlora.errors import GainLoRAError, RetryableError, RunLocked, reason
+from gainlora.interrupts import end_with
 
 HERE = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()  # noqa: SIM905
 """All of it on this machine. Without GPUs, too: the option's name is older than what it does."""
-PR_SET_PDEATHSIG = 1
-"""Linux: the signal that a process gets when its parent ends."""
 
 
 def launch(folder: Path, step: int, num_processes: int, config: str | None = None) -> None:
@@ -59,8 +51,9 @@ def launch(folder: Path, step: int, num_processes: int, config: str | None = Non
     except SignalException as error:  # SIGINT or SIGTERM, which the processes got, too
         raise KeyboardInterrupt(int(error.sigval)) from None
     except Exception as error:  # accelerate's, about its configuration
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GainLoRAError(f"launch.config: {config}: {num_processes} processes cannot start: {reason}.") from None
+        raise GainLoRAError(
+            f"launch.config: {config}: {num_processes} processes cannot start: {reason(error)}."
+        ) from None
 
 
 def _as_error(failure: Any, num_processes: int) -> GainLoRAError:
@@ -82,13 +75,6 @@ def _message(failure: Any) -> str:
     return str(found["message"] if isinstance(found, dict) else found)
 
 
-@contextmanager
-def device_lock(device: str, root: Path = Path(".")) -> Iterator[None]:
-    """Wait for a device, and keep it: runs beside each other would run out of its memory."""
-    with waiting_lock(root / ".cache" / "locks" / device.replace(":", "-")):
-        yield
-
-
 def main(arguments: list[str]) -> None:
     """Learn as one of the processes."""
     from gainlora.model.base import pick_device
@@ -99,8 +85,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="a folder under runs/")
     parser.add_argument("step", type=int, nargs="?", help="the only task to learn, from 1; none: all, and the result")
     options = parser.parse_args(arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate's launcher is the parent
-        _end_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate's launcher is the parent; what is written is whole at any time
+        end_with(os.getppid())
     distributed.join(pick_device())
     with Run.open(options.run) as run:
         run.config.check_processes(distributed.count())
@@ -113,16 +99,6 @@ def main(arguments: list[str]) -> None:
                 f"task {options.step}: this run has learned {run.finished} of {len(run.steps)}; give 1 to {possible}."
             )
         run.seal(options.step)
-
-
-def _end_with_launcher() -> None:
-    """Be killed when the launcher ends, however it ends: it would leave this process behind, which writes on. What is
-    written is whole at any moment."""
-    launcher = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != launcher:  # it ended before that
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

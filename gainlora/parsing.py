@@ -1,7 +1,5 @@
 """Plain values -> sections of options (pydantic): the first thing that is wrong becomes one GainLoRAError."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, TypeVar, get_origin
 

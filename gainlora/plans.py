@@ -12,19 +12,16 @@ Each run is a process of its own. A repeated sweep skips runs with a result file
 folders. Runs take turns on GPUs (`gainlora run --queue`).
 """
 
-from __future__ import annotations
-
-import ctypes
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +30,7 @@ from pydantic import Field
 
 from gainlora.config import Params, RunConfig, load_config, read_params
 from gainlora.errors import GainLoRAError, add_context, did_you_mean, short_repr
+from gainlora.interrupts import end_with
 from gainlora.io import read_yaml
 from gainlora.parsing import parse
 from gainlora.runs.result_files import is_there, result_path
@@ -229,18 +227,12 @@ def _ended(todo: Sequence[Experiment], results: Path | None, jobs: int) -> Gener
 
 
 def _start(e: Experiment, results: Path | None, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    libc, own = ctypes.CDLL(None), os.getpid()
-
-    def end_with_parent() -> None:  # a run that outlives a killed sweep would hold its lock against the next one
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != own:
-            os._exit(1)
-
     files = ["--results", str(results), *(["--label", e.label] if e.label else [])] if results else []
     return subprocess.Popen(
         [sys.executable, "-m", "gainlora", *e.command, *files, "--queue"],
         stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True, preexec_fn=end_with_parent,  # a terminal's Ctrl-C reaches the sweep alone
+        start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone
+        preexec_fn=partial(end_with, os.getpid()),  # a run that outlives a killed sweep would hold its lock
     )  # fmt: skip
 
 

@@ -7,8 +7,6 @@ prefect.toml, so it acts in this folder only (PREFECT_PLUGINS_ENABLED=true: anyw
 command, never in flows.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, NoReturn

@@ -3,8 +3,6 @@
 A server that merely answers on the default port may belong to another project and is never used.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import urllib.request

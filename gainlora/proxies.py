@@ -1,7 +1,5 @@
 """Servers of this machine are reached directly, whatever HTTP_PROXY and ALL_PROXY say."""
 
-from __future__ import annotations
-
 import os
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

@@ -3,14 +3,12 @@
 Each section is frozen and checked on construction. `gainlora.config` puts them together.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gainlora.errors import GainLoRAError, short_repr
 
@@ -258,19 +256,34 @@ class LaunchConfig(Section):
         return self
 
 
+def _check_store(uri: str) -> str:
+    """Refuse addresses that are not MLflow stores or hold a password, which would be versioned and logged."""
+    try:
+        parts = urlsplit(uri)
+        secret = parts.password is not None or "password=" in parts.query.lower()
+        secret = secret or (parts.scheme in ("http", "https") and "@" in parts.netloc)
+    except ValueError:
+        raise GainLoRAError("tracking.uri: no address; give sqlite:///FILE or http://HOST.") from None
+    if secret:
+        raise GainLoRAError(
+            "tracking.uri: holds a user or password, and params.yaml is versioned; give them in the environment: "
+            "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD (a database's in ~/.pgpass or the like)."
+        )
+    if not re.fullmatch(r"(sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://)[^\0]+", uri):
+        hidden = re.sub("//[^/]*@", "//...@", uri)
+        raise GainLoRAError(
+            f"tracking.uri: {hidden!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
+        )
+    return uri
+
+
 class TrackingConfig(Section):
     """Where runs are recorded."""
 
     experiment: Text = "gainlora"
     """MLflow experiment."""
-    uri: str | None = None
+    uri: Annotated[str, AfterValidator(_check_store)] | None = None
     """MLflow store; null: mlruns/mlflow.db in the project's folder. It never holds a password."""
-
-    @model_validator(mode="after")
-    def _store_without_password(self) -> Self:
-        if self.uri is not None:
-            _check_store(self.uri)
-        return self
 
 
 class ReportConfig(Section):
@@ -291,23 +304,3 @@ class PromoteConfig(Section):
     """What a champion's loss on plain text may be above the base model's, in nats a token; null: any."""
     min_gain: float | None = Field(default=0.0, ge=-100, le=100, allow_inf_nan=False)
     """What the lower 95 % bound of a new task's gain over base model and majority label must exceed; null: any."""
-
-
-def _check_store(uri: str) -> None:
-    """Refuse addresses that are not MLflow stores or hold a password, which would be versioned and logged."""
-    try:
-        parts = urlsplit(uri)
-        secret = parts.password is not None or "password=" in parts.query.lower()
-        secret = secret or (parts.scheme in ("http", "https") and "@" in parts.netloc)
-    except ValueError:
-        raise GainLoRAError("tracking.uri: no address; give sqlite:///FILE or http://HOST.") from None
-    if secret:
-        raise GainLoRAError(
-            "tracking.uri: holds a user or password, and params.yaml is versioned; give them in the environment: "
-            "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD (a database's in ~/.pgpass or the like)."
-        )
-    if not re.fullmatch(r"(sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://)[^\0]+", uri):
-        hidden = re.sub("//[^/]*@", "//...@", uri)
-        raise GainLoRAError(
-            f"tracking.uri: {hidden!r}: no address of an MLflow store; give sqlite:///FILE or http://HOST."
-        )

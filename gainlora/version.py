@@ -5,8 +5,6 @@ that decides numbers. Code that learns different numbers needs different pins an
 comments, refactorings and new methods change no version.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cache

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from gainlora.config import RunConfig
 from gainlora.runs.records import Record, read_run
 from gainlora.sections import OrderConfig
@@ -106,8 +109,7 @@ def _write_task(
     rng = random.Random(t)
     for kind, count in stored(t, gated).items():
         name = "adapter_model" if kind == "adapter" else kind
-        header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": [count], "data_offsets": [0, 0]}})
-        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+        save_file({"w": np.zeros(count, np.float32)}, folder / f"{name}.safetensors")
     _write(folder / "adapter_config.json", {"r": 8})
     train = [
         {"step": n, "loss": 2.0 / n + rng.random() / 9, "learning_rate": 1e-3, "examples": 8, "seconds": 0.5}

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -14,7 +12,8 @@ from typer.core import TyperGroup
 
 from gainlora import __version__
 from gainlora.cli import learning, results, using
-from gainlora.cli.options import fail
+from gainlora.cli.check import check
+from gainlora.cli.options import Once, fail
 from gainlora.errors import GainLoRAError, format_error, refused_by_system
 from gainlora.interrupts import resent
 
@@ -78,9 +77,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="'gainlora COMMAND --help' shows a command's options.",
 )
-learning.add(app)
-results.add(app)
-using.add(app)
+for group, commands in {
+    "Learn": (learning.fetch, check, learning.run, learning.compare, learning.sweep),
+    "Work on a run": (learning.learn, learning.forget, learning.repair, learning.rerun),
+    "Look": (results.runs, results.report, results.results),
+    "Model registry (MLflow)": (results.promote, results.rollback, results.register),
+    "Use and share": (using.predict, using.export, using.merge, using.push),
+}.items():
+    for command in commands:  # its docstring is the help text
+        app.command(cls=Once, rich_help_panel=group)(command)
 
 
 def _version(wanted: bool) -> None:

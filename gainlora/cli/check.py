@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,19 +103,12 @@ def _lengths(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: boo
     for split in ("train", "test"):
         rows = tokenize(task, split, tokenizer, whole, encoder_decoder, None)
         cut = count_cut(tokenize(task, split, tokenizer, config.data, encoder_decoder, None))
-        lengths = [_length(rows[f"{part}_ids"]) for part in ("prompt", "target")]
-        limits = (config.data.max_prompt_tokens, config.data.max_target_tokens)
-        said = [
-            f"{what} {n} (limit {limit})"
-            for what, n, limit in zip(("prompts", "answers"), lengths, limits, strict=True)
-        ]
+        said = []
+        for what, part in (("prompts", "prompt"), ("answers", "target")):
+            lengths, limit = [len(row) for row in rows[f"{part}_ids"]], getattr(config.data, f"max_{part}_tokens")
+            said.append(f"{what} median {median(lengths):.0f}, longest {max(lengths)} (limit {limit})")
         short = f"; cut: {', '.join(f'{n} {what}' for what, n in cut.items())}" if cut else "; none is cut"
         yield f"  {split} tokens: {', '.join(said)}{short}"
-
-
-def _length(ids: Sequence[Sequence[int]]) -> str:
-    lengths = [len(row) for row in ids]
-    return f"median {median(lengths):.0f}, longest {max(lengths)}"
 
 
 def _tokenizer(config: RunConfig) -> tuple[Any, bool]:

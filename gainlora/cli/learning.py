@@ -1,4 +1,4 @@
-"""Commands that learn: fetch, check (its own file), run, compare, sweep, learn, forget, repair, rerun."""
+"""Commands that learn: fetch, run, compare, sweep, learn, forget, repair, rerun."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gainlora.cli import options as cli
-from gainlora.cli.check import check
 from gainlora.errors import GainLoRAError
 
 if TYPE_CHECKING:
     from gainlora.config import RunConfig, Settings
     from gainlora.runs.run import Run
-
-
-def add(app: typer.Typer) -> None:
-    """Declare the commands."""
-    cli.declare(app, "Learn", fetch, check, run, compare, sweep)
-    cli.declare(app, "Work on a run", learn, forget, repair, rerun)
 
 
 def fetch(
@@ -119,8 +112,7 @@ def sweep(
         Path | None, typer.Option(metavar="FILE", help="A YAML file with all of this, e.g. results/plan.yaml.")
     ] = None,
     results: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write result files; runs whose file exists are not run again."),
+        Path | None, typer.Option(metavar="DIR", help="Write result files; runs whose file exists are not run again.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs side by side.")] = 1,
     listed: Annotated[bool, typer.Option("--list", help="Print the command of each run and end.")] = False,
@@ -269,12 +261,14 @@ def _learn(run: Run, settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _devices(config: RunConfig) -> Iterator[None]:
-    """Wait until no other queued run uses the GPUs of this run, and hold them; no-op on CPUs."""
-    from gainlora.launch import device_lock
+    """Wait until no other queued run uses the GPUs of this run, and hold them; no-op on CPUs. Runs beside each other
+    would run out of memory."""
+    from filelock import FileLock
+
     from gainlora.plans import visible_gpus
 
     several = config.launch.num_processes > 1 or config.model.device_map
     with ExitStack() as locks:
         for name in sorted(visible_gpus()[: None if several else 1]):  # sorted, to avoid deadlock
-            locks.enter_context(device_lock(f"cuda:{name}"))
+            locks.enter_context(FileLock(Path(".cache", "locks", f"cuda-{name}")))
         yield

@@ -1,6 +1,4 @@
-"""Shared arguments and options with their completion, and the declaration of commands."""
-
-from __future__ import annotations
+"""Shared arguments and options with their completion."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -25,12 +23,6 @@ class Once(TyperCommand):
                 if not (parameter.multiple or parameter.nargs == -1) and given.count(parameter) > 1:
                     raise typer.BadParameter("given twice; give it once.", ctx, param_hint=parameter.opts[0])
         return super().parse_args(ctx, args)
-
-
-def declare(app: typer.Typer, group: str, *functions: Callable[..., Any]) -> None:
-    """Declare functions as commands of a group in the help; their docstrings are the help texts."""
-    for function in functions:
-        app.command(cls=Once, rich_help_panel=group)(function)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -126,8 +118,7 @@ Learned = Annotated[
     ),
 ]  # fmt: skip
 Method = Annotated[
-    str | None,
-    typer.Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods)),
+    str | None, typer.Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods))
 ]
 Methods = Annotated[
     str | None, typer.Option(metavar="A,B,...", help="Names of methods.", autocompletion=_listed_methods)

@@ -1,8 +1,5 @@
 """Reads prompts from a JSON-lines file; checks all lines before a model is loaded."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,9 @@ ANSWER, COEFFICIENTS = "answer", "coefficients"
 """Keys added to a line."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """One line."""
-
-    given: dict[str, Any]
-    """The line's object."""
-    prompt: str
-
-
-def read_questions(path: Path, learned: SavedModel, task: str | None) -> list[Question]:
-    """The lines of a file: objects with "text" and perhaps "task"; other keys are kept. Blank lines are skipped.
+def read_questions(path: Path, learned: SavedModel, task: str | None) -> list[tuple[dict[str, Any], str]]:
+    """The lines of a file, each with its prompt: objects with "text" and perhaps "task"; other keys are kept. Blank
+    lines are skipped.
 
     Args:
         task: for lines without their own.
@@ -51,7 +40,7 @@ def read_questions(path: Path, learned: SavedModel, task: str | None) -> list[Qu
                 raise GainLoRAError("task: no text; name a task of the run.")
             if learned.adapter.integration == "single" and own != task:
                 raise GainLoRAError(f"task: {own!r}: method single answers a file with the one branch of --task.")
-            questions.append(Question(given, make_prompt(learned, given["text"], own)))
+            questions.append((given, make_prompt(learned, given["text"], own)))
         except GainLoRAError as error:
             raise GainLoRAError(f"{where}: {error}") from None
     return questions

@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from gainlora.runs.records import Record
 
 
-def add(app: typer.Typer) -> None:
-    """Declare the commands."""
-    cli.declare(app, "Look", runs, report, results)
-    cli.declare(app, "Model registry (MLflow)", promote, rollback, register)
-
-
 def runs() -> None:
     """List the runs of this folder: order, method, seed, tasks, AP, FT, state."""
     rows = [("run", "order", "method", "seed", "tasks", "AP", "FT", "state")]
@@ -65,8 +59,7 @@ def results(
 
 
 def promote(
-    name: cli.RunName,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the version.")],
+    name: cli.RunName, reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the version.")]
 ) -> None:
     """Make a finished run its order's champion regardless of the comparison."""
     from gainlora.sections import PromoteConfig
@@ -76,9 +69,7 @@ def promote(
     print(decision.reason)
 
 
-def rollback(
-    order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")],
-) -> None:
+def rollback(order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")]) -> None:
     """Restore the previous champion of an order."""
     from gainlora.tracking.promotion import rollback as back
 

@@ -22,11 +22,6 @@ WINDOW = 16
 """Number of batches that are sorted by length together and then printed."""
 
 
-def add(app: typer.Typer) -> None:
-    """Declare the commands."""
-    cli.declare(app, "Use and share", predict, export, merge, push)
-
-
 def predict(
     name: cli.Learned,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="One prompt; with --task one text.")] = None,
@@ -62,7 +57,7 @@ def predict(
         method = learned.run.config["method"]
         raise GainLoRAError(f"--explain: method {method} has neither gates nor a router, so no coefficients.")
     lines = read_questions(file, learned, task) if file else []
-    prompts = [line.prompt for line in lines] or [make_prompt(learned, text or "", task)]
+    prompts = [prompt for _, prompt in lines] or [make_prompt(learned, text or "", task)]
     predictor = Predictor(learned, base)
     size = batch_size or predictor.config.evaluate.batch_size
     single = task if learned.adapter.integration == "single" else None
@@ -80,7 +75,7 @@ def predict(
                 added: dict[str, Any] = {ANSWER: answer.text}
                 if explain:
                     added[COEFFICIENTS] = dict(zip(predictor.branches, answer.coefficients or [], strict=True))
-                line = json.dumps({**lines[number].given, **added}, ensure_ascii=False)
+                line = json.dumps({**lines[number][0], **added}, ensure_ascii=False)
                 sys.stdout.write(line + "\n")  # one write, so that Ctrl-C leaves complete lines
             sys.stdout.flush()
     except BrokenPipeError:  # `| head`
@@ -140,11 +135,7 @@ def push(
 
 def _place(name: str) -> str:
     """A folder or hub id unchanged; otherwise the run of that name, prefix, or `latest`."""
-    if Path(name).exists() or "/" in name:
-        return name
-    from gainlora.runs.lineage import resolve
-
-    return str(resolve(name))
+    return name if Path(name).exists() or "/" in name else str(cli.resolved(name))
 
 
 def _bars(branches: tuple[str, ...], answer: Answer) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gainlora.config import RunConfig
 from gainlora.data.own_tasks import as_file, read_kept_test
 from gainlora.data.sources import resolve_model
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.io import verify_checksums, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
@@ -174,5 +174,4 @@ def base_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # any exception: transformers does not check the types in config.json
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason}).") from None
+        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason(error)}).") from None

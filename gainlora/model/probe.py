@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from gainlora.data.collate import collate
-from gainlora.errors import GainLoRAError
-from gainlora.model.base import reason
+from gainlora.errors import GainLoRAError, reason
 from gainlora.model.modeling import GainLoRAModel
 
 ATTEMPTS = 3

@@ -9,8 +9,6 @@ option, so no mean mixes them. The code version separates runs only where one se
 code affect no result; `provenance` names the means that mix it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -145,25 +143,15 @@ class Frame:
         )
         rows = []
         for pair in pairs.itertuples():
-            ours, theirs = (
-                self.final[self.final["group"] == g].set_index("seed") for g in (pair.group, pair.group_equal)
-            )
+            sides = (pair.group, pair.group_equal)
+            ours, theirs = (self.final[self.final["group"] == group].set_index("seed") for group in sides)
             both = ours.merge(theirs, left_index=True, right_index=True, suffixes=("", "_equal"))
             if len(both):
                 only = len(ours.index.symmetric_difference(theirs.index))
-                runs = [self._by_seed(group) for group in (pair.group, pair.group_equal)]
+                runs = [self._by_seed(group) for group in sides]
                 examples = example_bounds([tuple(side[seed] for side in runs) for seed in both.index])
-                row = (
-                    pair.order,
-                    pair.model,
-                    pair.rule,
-                    pair.name,
-                    only,
-                    both,
-                    both["AP"] - both["AP_equal"],
-                    examples,
-                )
-                rows.append(row)
+                gains = both["AP"] - both["AP_equal"]
+                rows.append((pair.order, pair.model, pair.rule, pair.name, only, both, gains, examples))
         return pd.DataFrame(rows, columns=[*SETTING, "rule", "name", "only", "both", "difference", "examples"])
 
     def _budgets(self) -> pd.Series:
@@ -320,13 +308,8 @@ def example_bounds(pairs: Sequence[tuple[Record, ...]]) -> tuple[float, float]:
 
 def differs(differences: pd.Series, examples: tuple[float, float]) -> bool:
     """Whether two methods differ: both intervals, over seeds and over examples, exclude 0 on the same side."""
-    low, high = bounds(differences) if len(differences) > 1 else (math.nan, math.nan)
+    low, high = bounds(differences)
     return (low > 0 and examples[0] > 0) or (high < 0 and examples[1] < 0)
-
-
-def interval(differences: pd.Series, decimals: int) -> str:
-    """`bounds` as text; "-" for fewer than two pairs."""
-    return span(bounds(differences), decimals) if len(differences) > 1 else "-"
 
 
 def span(interval: tuple[float, float], decimals: int) -> str:
@@ -349,12 +332,10 @@ def _plain(text: str) -> str:
 def _described(record: Record) -> dict[str, Any]:
     config = record.config
     plain = str(config["method"])
-    return {
-        **{"run_id": record.run_id, "order": config["order"], "model": record.model, "method": record.method},
-        **{"plain": plain, "rule": rules.bare(plain), "gated": plain.startswith(rules.GATED)},
-        **{"seed": config["seed"], "tasks": len(record.tasks), "complete": record.complete, "code": config["code"]},
-        "is_bound": record.is_bound,
-    }
+    row = {"run_id": record.run_id, "order": config["order"], "model": record.model, "method": record.method}
+    row |= {"plain": plain, "rule": rules.bare(plain), "gated": plain.startswith(rules.GATED), "seed": config["seed"]}
+    row |= {"tasks": len(record.tasks), "complete": record.complete, "code": config["code"]}
+    return {**row, "is_bound": record.is_bound}
 
 
 def _decisive(record: Record) -> dict[str, str]:

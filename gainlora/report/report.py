@@ -1,7 +1,5 @@
 """The report of runs: a verdict, comparisons of methods, then every run; sections of a page over one `Frame`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ from gainlora.report.frame import (
     Frame,
     bounds,
     differs,
-    interval,
     named,
     published,
     span,
@@ -90,7 +87,7 @@ def _verdict(page: Page, frame: Frame, decimals: int) -> None:
         ]
         for pair in paired[(paired["order"] == order) & (paired["model"] == model)].itertuples():
             low, high = bounds(pair.difference)
-            shown = f"95 % over seeds {interval(pair.difference, decimals)}" if low < high else "one seed"
+            shown = f"95 % over seeds {span((low, high), decimals)}" if low < high else "one seed"
             shown += f"; over examples {span(pair.examples, decimals)}"
             shown += "" if differs(pair.difference, pair.examples) else ": no difference shown"
             FTs = (f"{pair.both[name].mean():.{decimals}f}" for name in ("FT_equal", "FT"))
@@ -113,14 +110,12 @@ def _methods(page: Page, frame: Frame, groups: pd.DataFrame, decimals: int) -> N
         beside = {group: frame.published_beside(group) for group in here.index}
         columns: dict[str, dict[str, str]] = {}
         for group, row in here.iterrows():
-            for key in ("AP", "FT"):
-                columns.setdefault(f"{row['order']} {key}", {})[row["name"]] = spread(
-                    frame.measured(group, key), decimals
-                )
-            columns.setdefault(f"{row['order']} seeds", {})[row["name"]] = row["seeds"]
+            shown = {key: spread(frame.measured(group, key), decimals) for key in ("AP", "FT")}
+            shown["seeds"] = row["seeds"]
             if any(beside[other] is not None for other in here.index[here["order"] == row["order"]]):
-                for key, text in zip(("AP", "FT"), _paper_cells(beside[group]), strict=True):
-                    columns.setdefault(f"{row['order']} published {key}", {})[row["name"]] = text
+                shown["published AP"], shown["published FT"] = _paper_cells(beside[group])
+            for key, text in shown.items():
+                columns.setdefault(f"{row['order']} {key}", {})[row["name"]] = text
         table = pd.DataFrame(columns, here["name"].unique()).fillna("-")
         page.table(["method", *table], [[name, *row] for name, row in zip(table.index, table.to_numpy(), strict=True)])
     page.note(EXPLAINED, *frame.provenance(), *frame.unequal(groups))
@@ -129,7 +124,7 @@ def _methods(page: Page, frame: Frame, groups: pd.DataFrame, decimals: int) -> N
         cells = [spread(pair.both[name], decimals) for name in ("AP_equal", "AP", "FT_equal", "FT")]
         counted = f"{len(pair.both)}" + (f" ({pair.only} of one side left out)" if pair.only else "")
         row = [pair.name, pair.order, pair.model, counted, *cells[:2], _signed(pair.difference, decimals)]
-        intervals = interval(pair.difference, decimals), span(pair.examples, decimals)
+        intervals = span(bounds(pair.difference), decimals), span(pair.examples, decimals)
         rows.append([*row, *intervals, "yes" if differs(pair.difference, pair.examples) else "no", *cells[2:]])
     if rows:
         page.heading("Gated against equal integration", 3)

@@ -3,8 +3,6 @@
 Both share the present steps, take over this run's lock and continue its lineage (`gainlora.runs.lineage`).
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime

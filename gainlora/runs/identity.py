@@ -6,8 +6,6 @@ Two runs with k equal first ids learned the same k tasks, bit for bit on one mac
 part of the id unless they are listed here as irrelevant, or unused by the method.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -17,9 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from gainlora.config import RunConfig
-from gainlora.errors import GainLoRAError
-from gainlora.io import read_json, sha256, waiting_lock, write_json
+from gainlora.errors import GainLoRAError, reason
+from gainlora.io import read_json, sha256, write_json
 from gainlora.model.base import device_name, pick_device, pick_dtype
 from gainlora.rules import ALL_TASKS, BranchRule
 from gainlora.version import learning_version
@@ -190,7 +190,7 @@ def base_fingerprint(location: str, root: Path) -> str:
     store = root / ".cache" / "fingerprints.json"
     files = {path for pattern in BASE_FILES for path in folder.resolve().glob(pattern) if path.name not in NOT_BASE}
     hashes = []
-    with waiting_lock(store.with_suffix(".lock")):  # runs that start together: one hashes, the others read
+    with FileLock(store.with_suffix(".lock")):  # runs that start together: one hashes, the others read
         try:
             kept = read_json(store)
         except GainLoRAError:  # missing or damaged: computed again
@@ -217,10 +217,9 @@ def _hub_commit(hub_id: str) -> str:
     try:
         return Path(hf_hub_download(hub_id, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except Exception as error:  # of the hub, the network, or the disk
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(
-            f"model.name: {hub_id!r}: its config.json cannot be loaded from the hub ({reason}); give a hub id that you "
-            "have access to, or a folder with config.json, safetensors weights and a tokenizer."
+            f"model.name: {hub_id!r}: its config.json cannot be loaded from the hub ({reason(error)}); give a hub id "
+            "that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
         ) from None
 
 

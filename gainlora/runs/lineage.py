@@ -1,19 +1,19 @@
 """Lineages: runs that follow from each other by learning one more task or forgetting the newest.
 
-    runs/lineages/<name>.json    {"head": run, "history": [runs that were the head], "forgotten": [runs to be removed]}
+    runs/lineages/<name>.json    {"head": run, "forgotten": [runs to be removed]}
 
 Each new run begins a lineage of its own name. `gainlora learn` and `gainlora forget` create another run and then move
 the head, in one atomic write; inboxes, deployments and the registry name the lineage.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from gainlora import io
 from gainlora.errors import GainLoRAError
-from gainlora.io import read_json, waiting_lock, write_json
+from gainlora.io import read_json, write_json
 
 FOLDER = "lineages"
 
@@ -60,8 +60,7 @@ def exists(name: str, root: Path = Path(".")) -> bool:
 
 def begin(name: str, root: Path) -> None:
     """Begin the lineage of a new run's name, or restart it if that run was forgotten."""
-    history = [*_read(root, name)["history"], name] if exists(name, root) else [name]
-    write_json(_file(root, name), {"head": name, "history": history, "forgotten": []})
+    write_json(_file(root, name), {"head": name, "forgotten": []})
 
 
 def remove(name: str, root: Path) -> None:
@@ -71,12 +70,9 @@ def remove(name: str, root: Path) -> None:
 
 def move(name: str, run: str, root: Path, forgets: str | None = None) -> None:
     """Make `run` the head; `forgets` names a run to be removed later (`collect`)."""
-    with waiting_lock(root / "runs" / FOLDER / ".lock"):
-        lineage = _read(root, name)
-        if lineage["head"] != run:
-            lineage["history"].append(run)
-        forgotten = sorted({*lineage["forgotten"], *filter(None, [forgets])})
-        write_json(_file(root, name), {**lineage, "head": run, "forgotten": forgotten})
+    with FileLock(root / "runs" / FOLDER / ".lock"):
+        forgotten = sorted({*_read(root, name)["forgotten"], *filter(None, [forgets])})
+        write_json(_file(root, name), {"head": run, "forgotten": forgotten})
 
 
 def collect(root: Path) -> dict[str, str]:
@@ -85,8 +81,8 @@ def collect(root: Path) -> dict[str, str]:
     if not any(read_json(file).get("forgotten") for file in files):
         return {}
     gone = {}
-    with waiting_lock(root / "runs" / FOLDER / ".lock"):
-        lineages = {file: read_json(file, "head", "history", "forgotten") for file in files}
+    with FileLock(root / "runs" / FOLDER / ".lock"):
+        lineages = {file: read_json(file, "head", "forgotten") for file in files}
         heads = {lineage["head"] for lineage in lineages.values()}
         for file, lineage in lineages.items():
             for run in lineage["forgotten"]:
@@ -99,10 +95,9 @@ def collect(root: Path) -> dict[str, str]:
 
 
 def _read(root: Path, name: str) -> dict[str, Any]:
-    file = _file(root, name)
     if not exists(name, root):  # a run folder that was copied here
-        return {"head": name, "history": [name], "forgotten": []}
-    return read_json(file, "head", "history", "forgotten")
+        return {"head": name, "forgotten": []}
+    return read_json(_file(root, name), "head", "forgotten")
 
 
 def _file(root: Path, name: str) -> Path:

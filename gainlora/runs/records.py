@@ -15,17 +15,16 @@ states them, they must agree. A finished step is read only if its files match it
 and no model: of the learned state it reads only tensor shapes, from safetensors headers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from gainlora.config import complete
 from gainlora.errors import GainLoRAError, printable
@@ -123,6 +122,12 @@ class Record:
     def complete(self) -> bool:
         """Whether every step is finished."""
         return len(self.steps) == len(self.config["steps"])
+
+    def check_finished(self) -> None:
+        """Refuse an unfinished run (GainLoRAError)."""
+        if not self.complete:
+            done = f"{len(self.steps)} of {len(self.config['steps'])} tasks are learned"
+            raise GainLoRAError(f"{self.folder or self.run_id}: {done}; run the same command again to finish it.")
 
     @property
     def at_once(self) -> bool:
@@ -364,17 +369,12 @@ def _repair(folder: Path) -> str:
 
 
 def _parameters(path: Path) -> int:
-    """Number of values in a safetensors file, from its header: 8 bytes of length, then JSON with all tensors' shapes.
-
-    Raises:
-        GainLoRAError: damaged.
-    """
-    with path.open("rb") as file:
-        try:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
-            raise GainLoRAError(f"{path}: damaged; {_repair(path.parent)}.") from None
+    """Number of values in a safetensors file, from the shapes in its header."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError:
+        raise GainLoRAError(f"{path}: damaged; {_repair(path.parent)}.") from None
 
 
 def _close(stated: Any, computed: Any) -> bool:

@@ -1,7 +1,5 @@
 """Repairs a damaged run: restores damaged steps from other runs that share them, else drops to the last good step."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path

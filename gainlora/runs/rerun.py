@@ -1,7 +1,5 @@
 """Reproduces a run from its config.json and compares the results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

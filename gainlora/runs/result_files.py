@@ -1,7 +1,5 @@
 """Result files of finished runs: small JSON files for version control (their content: `gainlora.runs.records`)."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlora.errors import GainLoRAError
+from gainlora.io import write_text
 from gainlora.runs.records import FILES, Record, flat_options, read_result_file, rounded
 
 
@@ -18,9 +17,7 @@ def write_result_file(record: Record, path: Path) -> None:
     Raises:
         GainLoRAError: the run is not finished.
     """
-    if not record.complete:
-        done = f"{len(record.steps)} of {len(record.config['steps'])} tasks are learned"
-        raise GainLoRAError(f"{record.folder or record.run_id}: {done}; run the same command again to finish it.")
+    record.check_finished()
     described = {key: value for key, value in record.config.items() if key != "steps"}
     steps = []
     for step in record.steps:
@@ -29,10 +26,7 @@ def write_result_file(record: Record, path: Path) -> None:
             files["examples"] = {task: [_short(score) for score in scores] for task, scores in examples.items()}
         steps.append({**rounded(step.files["scores"]), **files})
     content = {**record.result, "label": record.label, **described, "data": record.data, "steps": steps}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(_readable(content) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, _readable(content) + "\n")
 
 
 def export(record: Record, out: Path, label: str = "") -> Path:

@@ -8,6 +8,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from gainlora import io
 from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
@@ -32,16 +34,13 @@ def make_folder(root: Path, described: dict[str, Any], data: dict[str, Any], own
         GainLoRAError: another run has this folder.
     """
     name = described["run_id"]
-    folder, part = root / "runs" / name, root / "runs" / f".{name}.new"
-    with io.waiting_lock(root / "runs" / ".new.lock"):
+    folder = root / "runs" / name
+    with FileLock(root / "runs" / ".new.lock"):
         if (folder / "config.json").is_file():
             if io.read_json(folder / "config.json").get("ids") != described["ids"]:
                 raise GainLoRAError(f"{folder}: is another run of the same name; move it away.")
             return folder
-        shutil.rmtree(folder, ignore_errors=True)  # without config.json it is not a run
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir()
+        with io.whole_folder(folder) as part:  # in place of a folder without config.json, which is no run
             for task in (task for place in own if place.is_dir() for task in place.iterdir() if task.name in data):
                 shutil.copytree(task, part / OWN / task.name)
                 data = {**data, task.name: {**data[task.name], "path": f"runs/{name}/{OWN}/{task.name}"}}
@@ -49,9 +48,6 @@ def make_folder(root: Path, described: dict[str, Any], data: dict[str, Any], own
             io.write_json(part / "config.json", described)
             if described["lineage"] == name:
                 lineage.begin(name, root)
-            io.rename(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

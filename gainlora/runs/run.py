@@ -14,15 +14,13 @@ stopped run resumes when it is started again. Several processes (`gainlora.launc
 first one locks the run and writes.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from gainlora import distributed, io
 from gainlora.config import RunConfig
@@ -91,7 +89,7 @@ class Run:
         self.recorded = {name: recorded[name] for name in self.tasks}
 
     @classmethod
-    def create(cls, config: RunConfig, root: Path = Path("."), load: bool = True, repeats: Path | None = None) -> Run:
+    def create(cls, config: RunConfig, root: Path = Path("."), load: bool = True, repeats: Path | None = None) -> Self:
         """Check the configuration against data and model, then create the run folder or open the existing one.
 
         Steps that another run has finished are linked from there.
@@ -147,7 +145,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, name: Path | str, root: Path = Path(".")) -> Run:
+    def open(cls, name: Path | str, root: Path = Path(".")) -> Self:
         """Open a run by its folder, name or unique prefix, lineage, or `latest` (`lineage.resolve`).
 
         Raises:
@@ -162,7 +160,7 @@ class Run:
         run.already_shortened = folder.name in forgotten.values()
         return run
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,7 +172,7 @@ class Run:
         while self._locks:
             self._locks.pop().close()
 
-    def take_locks(self, run: Run) -> None:
+    def take_locks(self, run: Self) -> None:
         """Hold another run's locks until `close`, and close that run."""
         self._locks += run._locks
         run._locks = []

@@ -1,7 +1,5 @@
 """Records in MLflow what a learner in memory learns."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gainlora.training.callbacks import Callback

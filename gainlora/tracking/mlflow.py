@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gainlora.errors import GainLoRAError
 from gainlora.io import read_json
 from gainlora.runs.records import MEASURES, Key, Record, Step, flatten, read_run, read_step, train_records
 from gainlora.sections import ReportConfig, TrackingConfig
@@ -69,8 +68,7 @@ def start(folder: Path, tracking: TrackingConfig, root: Path = Path(".")) -> str
             client, experiment, folder.name, {"mlflow.note.content": NOTE}, run_name=run_name(run)
         )
         run_id: str = parent.info.run_id
-        if parent.info.status != "RUNNING":
-            client.update_run(run_id, status="RUNNING")
+        client.update_run(run_id, status="RUNNING")
         # a run that learned a task since keeps its first params: MLflow lets none change
         params = {k: v for k, v in flatten(run.config["config"]).items() if k not in parent.data.params}
         log(client, run_id, params=params, tags=_tags(run))  # two at once would collide
@@ -95,8 +93,7 @@ def begin_task(folder: Path, step: str, parent: str, tracking: TrackingConfig, r
             _delete(client, child)
             child = None
         child = child or _create(client, experiment, key, run_name=step, tags={PARENT: parent})
-        if child.info.status != "RUNNING":
-            client.update_run(child.info.run_id, status="RUNNING")
+        client.update_run(child.info.run_id, status="RUNNING")
         return client, str(child.info.run_id)
 
 
@@ -167,9 +164,7 @@ def finish(
         GainLoRAError: a task is not finished.
     """
     run = read_run(folder)
-    if not run.complete:
-        done = f"{len(run.steps)} of {len(run.config['steps'])} tasks are learned"
-        raise GainLoRAError(f"{folder}: {done}; run the same command again to continue it.")
+    run.check_finished()
     with store(tracking, root) as (client, _):
         parent = client.get_run(parent_run_id)
     digest = _digest(json.dumps(run.result, sort_keys=True))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gainlora.errors import GainLoRAError, printable
+from gainlora.errors import GainLoRAError, printable, reason
 from gainlora.tracking import mlflow
 from gainlora.tracking.store import tracking_uri
 from gainlora.training.callbacks import Callback
@@ -56,7 +56,7 @@ class MlflowLogger(Callback):
         except GainLoRAError:
             raise
         except Exception as error:
-            raise GainLoRAError(f"tracking.uri: MLflow does not answer ({_reason(error)}); start it first.") from None
+            raise GainLoRAError(f"tracking.uri: MLflow does not answer ({reason(error)}); start it first.") from None
         if run.finished < len(run.steps):
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -96,7 +96,7 @@ class MlflowLogger(Callback):
         try:
             print(promote(self.run.folder, self.uri, s.promote).reason)
         except Exception as error:  # the run is learned and recorded in any case
-            print(f"note: not registered: {_reason(error)}", file=sys.stderr)
+            print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
 
     def __enter__(self) -> MlflowLogger:
         return self
@@ -137,7 +137,7 @@ class MlflowLogger(Callback):
         except GainLoRAError:  # the run's own state
             raise
         except Exception as error:
-            message = f"note: MLflow did not take it ({_reason(error)}); the same command delivers it later"
+            message = f"note: MLflow did not take it ({printable(reason(error))}); the same command delivers it later"
             print(message, file=sys.stderr)
             return False
         return True
@@ -179,7 +179,3 @@ class Curve:
         points, self.points, self.at = self.points, [], time.monotonic()
         if points:
             self.sent = self.sender.submit(mlflow.log, self.client, self.run_id, points)
-
-
-def _reason(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

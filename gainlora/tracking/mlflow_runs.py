@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gainlora.errors import GainLoRAError, printable
+from gainlora.errors import GainLoRAError, printable, reason
 from gainlora.runs.records import MEASURES, ROUTING, UNLEARNED, Key, Record, Step, checked
 from gainlora.sections import TrackingConfig
 from gainlora.tracking.mlflow import CURVES, DONE, KEY, PARENT, metric_name
@@ -49,9 +49,8 @@ def tracked_runs(tracking: TrackingConfig, root: Path = Path(".")) -> list[Recor
     except GainLoRAError:
         raise
     except Exception as error:  # of MLflow, its database's driver, or the network
-        reason = f"{type(error).__name__}: {error}"[:300]
         remedy = "correct it, or name run folders or result files"
-        raise GainLoRAError(f"tracking.uri: {uri}: cannot be read ({reason}); {remedy}.") from None
+        raise GainLoRAError(f"tracking.uri: {uri}: cannot be read ({reason(error)}); {remedy}.") from None
     children: dict[str, list[MlflowRun]] = {}
     for run in found:
         if PARENT in run.data.tags and DONE in run.data.tags:

@@ -54,12 +54,7 @@ class Decision:
     reason: str
 
 
-def decide(
-    run: Record,
-    champion: Record | None,
-    required: PromoteConfig,
-    name: str = "the champion",
-) -> Decision:
+def decide(run: Record, champion: Record | None, required: PromoteConfig, name: str = "the champion") -> Decision:
     """Decide whether a run becomes the champion.
 
     Args:
@@ -115,13 +110,10 @@ def promote(folder: Path, uri: str, required: PromoteConfig, by_hand: str | None
         GainLoRAError: the run is not finished or not in MLflow, or its base is missing.
     """
     run = read_run(folder)
-    if not run.complete:
-        raise GainLoRAError(f"{folder}: is not finished, so it cannot be promoted; finish it first.")
+    run.check_finished()
     model = model_name(run.config["order"])
     for _ in range(ATTEMPTS):
-        with connect(uri) as client:
-            there = _champion(client, model)
-            champion = _run_of(client, model, there) if there else None
+        there, champion = _champions_run(uri, model)
         decision = decide(run, champion, required, f"champion (version {there})")
         if by_hand is not None:
             decision = Decision(True, f"promoted by hand: {by_hand}")
@@ -176,12 +168,9 @@ def follow(folder: Path, uri: str, before: str) -> str | None:
     """
     run = read_run(folder)
     model = model_name(run.config["order"])
-    with connect(uri) as client:
-        there = _champion(client, model)
-        champion = _run_of(client, model, there) if there else None
-    if champion is None or champion.run_id != before:
+    there, champion = _champions_run(uri, model)
+    if there is None or champion is None or champion.run_id != before:
         return None
-    assert there is not None
     version = str(register(folder, uri))
     with connect(uri) as client:
         if (replaced := client.get_model_version(model, there).tags.get(REPLACED)) not in (None, version):
@@ -196,14 +185,16 @@ def _champion(client: MlflowClient, model: str) -> str | None:
     return None if version is None else str(version)
 
 
-def _run_of(client: MlflowClient, model: str, version: str) -> Record:
-    """The run of a version, as registered."""
+def _champions_run(uri: str, model: str) -> tuple[str | None, Record | None]:
+    """The champion's version, and its run as registered."""
     from mlflow.artifacts import download_artifacts
 
-    made = client.get_model_version(model, version)
-    with tempfile.TemporaryDirectory(prefix="gainlora-champion-") as scratch:
-        place = f"{made.source}/artifacts/adapter/{RUN}"
-        return read_result_file(Path(download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri)))
+    with connect(uri) as client, tempfile.TemporaryDirectory(prefix="gainlora-champion-") as scratch:
+        if (version := _champion(client, model)) is None:
+            return None, None
+        place = f"{client.get_model_version(model, version).source}/artifacts/adapter/{RUN}"
+        file = download_artifacts(place, dst_path=scratch, tracking_uri=client.tracking_uri)
+        return version, read_result_file(Path(file))
 
 
 def _stays(reason: str) -> Decision:

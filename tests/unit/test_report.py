@@ -14,9 +14,9 @@ from gainlora.report.frame import (
     CONSTRAINTS,
     GATE_OPTIONS,
     Frame,
+    bounds,
     differs,
     example_bounds,
-    interval,
     published,
     span,
     spread,
@@ -126,7 +126,7 @@ def test_paired_differences_have_a_t_interval(tmp_path: Path) -> None:
         "5.0 ± 0.0",
         "2.0 ± 0.0",
     ]
-    assert interval(pd.Series([3.0]), 1) == "-" == span(example_bounds([]), 1)
+    assert span(bounds(pd.Series([3.0])), 1) == "-" == span(example_bounds([]), 1)
     apart = Frame([run(tmp_path, 84, seed=8), run(tmp_path, 74, "inflora", seed=9)])
     assert apart.paired().empty
 
