@@ -226,6 +226,21 @@ def remove(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+@contextmanager
+def whole_folder(place: Path) -> Iterator[Path]:
+    """A hidden folder that replaces `place` if the block succeeds, and is removed otherwise."""
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if place.exists():
+            shutil.rmtree(place)
+        part.rename(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Make `target` a copy of a sealed folder with hard links, or copies where links are impossible.
 
