@@ -79,6 +79,11 @@ def format_error(error: object) -> str:
     return f"error: {message}" + (f"\nsee {HELP}#{section}" if section else "")
 
 
+def reason(error: Exception) -> str:
+    """A library's error in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 def did_you_mean(name: str, known: Iterable[object]) -> str:
     """Suffix for an "unknown name" error: the nearest known name, or else all of them."""
     names = [str(k) for k in known]

@@ -5,8 +5,6 @@ training labels of a task would be equal, or one empty, its answers are compared
 notes. Every check is linear in the size of the files.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized

@@ -8,8 +8,6 @@ Encoder-decoder: the prompt, then EOS. `data.truncate` says which part a long pr
 Target ids: one reference, no special tokens but a final EOS; a long target loses tokens at its end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -51,7 +49,7 @@ def tokenize(
     data: DataConfig,
     encoder_decoder: bool,
     cache: Path | None = Path(".cache/tokenized"),
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """One split's token ids, in the split's order.
 
     Args:
@@ -165,7 +163,7 @@ def count_cut(rows: Any) -> dict[str, int]:
 
 def collate(
     rows: Sequence[dict[str, Any]], pad_id: int, encoder_decoder: bool, targets: bool
-) -> dict[str, torch.Tensor]:
+) -> dict[str, "torch.Tensor"]:
     """Pad rows to one batch of B sequences; every tensor is int64.
 
     Args:
@@ -284,7 +282,7 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _load(folder: Path) -> datasets.Dataset | None:
+def _load(folder: Path) -> "datasets.Dataset | None":
     """The cached result, memory-mapped; None if there is none or it is damaged (it is then removed)."""
     if not folder.is_dir():
         return None
@@ -297,7 +295,7 @@ def _load(folder: Path) -> datasets.Dataset | None:
         return None
 
 
-def _features() -> datasets.Features:
+def _features() -> "datasets.Features":
     import datasets
 
     return datasets.Features(

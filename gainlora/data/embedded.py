@@ -10,8 +10,6 @@ debate, by article. Labels are balanced within each split. No run of eight words
 Everything follows from SEED and the packages' contents, so every machine builds the same files.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -4,8 +4,6 @@
 The benchmark's own format (`gainlora.data.tasks`) is one JSON object; it is read with the same checks.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gainlora.data.instances import REMEDY, Split, benchmark_split, checked_examples, kind
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.io import decode, parse_json, read_bytes
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -40,7 +38,7 @@ class Source(NamedTuple):
     """In place of the files' definition."""
 
     @classmethod
-    def of(cls, place: Source | Path | str) -> Source:
+    def of(cls, place: "Source | Path | str") -> "Source":
         """A source, from its place."""
         if isinstance(place, Source):
             return place
@@ -298,7 +296,7 @@ def _parquet(content: bytes, path: Path) -> Any:
     try:
         return datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(pyarrow.BufferReader(content))))
     except (pyarrow.ArrowException, ValueError, TypeError) as error:
-        raise GainLoRAError(f"{path}: cannot be read ({_reason(error)}); {REMEDY}.") from None
+        raise GainLoRAError(f"{path}: cannot be read ({reason(error)}); {REMEDY}.") from None
 
 
 def _saved(folder: Path) -> bool:
@@ -312,7 +310,7 @@ def _saved_parts(folder: Path) -> Mapping[str, Any]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # any exception: datasets does not check the files' content
-        raise GainLoRAError(f"{folder}: cannot be read ({_reason(error)}); {REMEDY}.") from None
+        raise GainLoRAError(f"{folder}: cannot be read ({reason(error)}); {REMEDY}.") from None
     return found if isinstance(found, Mapping) else {"train": found}
 
 
@@ -325,7 +323,7 @@ def _hub(name: str) -> Mapping[str, Any]:
         found = datasets.load_dataset(repo, revision=revision or None)
     except Exception as error:  # of the hub, the network, or the data set
         raise GainLoRAError(
-            f"{name}: cannot be loaded from the hub ({_reason(error)}); give hub:OWNER/NAME@REVISION of a data "
+            f"{name}: cannot be loaded from the hub ({reason(error)}); give hub:OWNER/NAME@REVISION of a data "
             "set that you have access to."
         ) from None
     return dict(found)
@@ -333,7 +331,3 @@ def _hub(name: str) -> Mapping[str, Any]:
 
 def _identifying(split: Split) -> bytes:
     return json.dumps([split.definition, *((e.input, e.references) for e in split.examples)]).encode()
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

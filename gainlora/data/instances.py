@@ -7,8 +7,6 @@ like a misspelled `Definition`, `Instances`, `input` or `output`. All text is st
 benchmark end in a line break: exactly one precedes "Output: ".
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@
 So a run needs no file outside its folder to learn one more task and to evaluate all earlier ones.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Base models inside Python packages: which files hold them, and their conversion to a transformers folder."""
 
-from __future__ import annotations
-
 import io
 import shutil
 import zipfile

@@ -6,8 +6,6 @@ repository or from a copy. Each result is built in a hidden folder and renamed, 
 fetch at a time per project.
 """
 
-from __future__ import annotations
-
 import filecmp
 import os
 import re

@@ -6,8 +6,6 @@ published protocol (`hold_out`); labels.json never, since it disagrees with the 
 and False and answers yes and no).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -5,13 +5,11 @@ run.json                              the run, as written by `gainlora results`
 README.md                             the model card
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.export.card import CARD, check_finished, make_card
 from gainlora.export.saved import RUN, SavedModel, open_saved
 from gainlora.model.adapter_io import FILES, PUBLISHED
@@ -58,8 +56,7 @@ def push(place: str | Path, repo_id: str, private: bool = False) -> str:
                 repo_id=repo_id, folder_path=folder, allow_patterns=list(PUBLISHED), commit_message="GainLoRA adapter"
             )
         except Exception as error:  # of the hub or the network
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             raise GainLoRAError(
-                f"{repo_id}: not pushed ({reason}); give OWNER/NAME, and log in by `hf auth login` or HF_TOKEN."
+                f"{repo_id}: not pushed ({reason(error)}); give OWNER/NAME, and log in by `hf auth login` or HF_TOKEN."
             ) from None
     return str(done.commit_url)

@@ -5,8 +5,6 @@ runs/<run>/task_02_<name>/     the state after task 2
 adapters/<order>/              a finished model (export/hub.py); the same from a hub, by its id
 """
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gainlora.config import RunConfig
 from gainlora.data.own_tasks import as_file, read_kept_test
 from gainlora.data.sources import resolve_model
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
@@ -86,7 +84,7 @@ def open_saved(place: str | Path) -> SavedModel:
     return SavedModel(folder, adapter, read_run(run_folder), run_folder.parent.parent)
 
 
-def write_learned(learner: ContinualLearner, folder: Path) -> None:
+def write_learned(learner: "ContinualLearner", folder: Path) -> None:
     """Write what a learner in memory learned to its own folder, in place of an earlier state of it.
 
     Raises:
@@ -109,7 +107,7 @@ def write_learned(learner: ContinualLearner, folder: Path) -> None:
             write_json(part / TEST / f"{name}.json", as_file(task, task.test, task.train))
 
 
-def read_learned(saved: SavedModel, learner: ContinualLearner) -> None:
+def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     """Give a learner the record and the test examples of what its adapter learned."""
     order, names = learner.config.order, learner.model.config.tasks
     places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{TEST}/*.json")}
@@ -157,5 +155,4 @@ def base_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # any exception: transformers does not check the types in config.json
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason}).") from None
+        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason(error)}).") from None

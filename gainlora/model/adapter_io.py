@@ -8,30 +8,26 @@ subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b,
 rule.safetensors            <layer>:<name>: memory of the branch rule, if it has one
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gainlora.errors import GainLoRAError, not_written, short_repr
+from gainlora.errors import GainLoRAError, not_written, reason, short_repr
 from gainlora.io import read_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import load_base, pick_device, pick_dtype, place
 from gainlora.model.gate import GateWeights, widths
+from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.router import Router
 from gainlora.parsing import parse
-
-if TYPE_CHECKING:
-    from gainlora.model.modeling import GainLoRAModel
 
 FORMAT = "gainlora-2"
 CONFIG, BRANCHES = "adapter_config.json", "adapter_model.safetensors"
@@ -161,9 +157,8 @@ def _download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(PUBLISHED)))
     except Exception as error:  # of the hub, the network, or the disk
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise GainLoRAError(
-            f"{hub_id}: no such folder, and not on the hub ({reason}); give one or the other."
+            f"{hub_id}: no such folder, and not on the hub ({reason(error)}); give one or the other."
         ) from None
     if not (folder / CONFIG).exists():
         raise GainLoRAError(f"{hub_id}: this model of the hub has no {CONFIG}; give one that `gainlora push` wrote.")

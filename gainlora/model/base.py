@@ -4,8 +4,6 @@ Encoder-decoder and decoder-only models both work; the model's config decides, n
 the rest: gainlora/model/targets.py (layers), gainlora/model/probe.py (behavior).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gainlora import distributed
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 
 EDGE = 4096
 """Values that `weights_fingerprint` reads at each end of a tensor."""
@@ -191,11 +189,6 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     model.weights_fingerprint = weights_fingerprint(model.named_parameters())
     model.setup_digest = config_file and setup_digest(config_file, tokenizer)
     return model.eval().requires_grad_(False)
-
-
-def reason(error: Exception) -> str:
-    """A library's error in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _decoder_start(model: Any) -> int | None:

@@ -9,16 +9,13 @@
 The checks use the code of training and evaluation: `collate`, `GainLoRAModel.forward` and `.generate`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gainlora.data.collate import collate
-from gainlora.errors import GainLoRAError
-from gainlora.model.base import reason
+from gainlora.errors import GainLoRAError, reason
 from gainlora.model.modeling import GainLoRAModel
 
 ATTEMPTS = 3

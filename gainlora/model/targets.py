@@ -1,7 +1,5 @@
 """Finds the layers to adapt and their inputs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gainlora.errors import GainLoRAError
-from gainlora.model.base import reason
+from gainlora.errors import GainLoRAError, reason
 
 ATTENTION_PROJECTIONS = (("q_proj", "v_proj"), ("q", "v"), ("query", "value"), ("query_proj", "value_proj"))
 """Names of query and value projections in Llama-, T5-, BERT- and ProphetNet-like models."""

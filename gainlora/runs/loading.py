@@ -10,9 +10,9 @@ import torch
 
 from gainlora import distributed, io
 from gainlora.data.sources import resolve_model
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, reason
 from gainlora.model import memory
-from gainlora.model.base import load_base, place, reason
+from gainlora.model.base import load_base, place
 from gainlora.runs import identity
 from gainlora.training.learner import ContinualLearner
 

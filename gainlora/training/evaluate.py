@@ -1,7 +1,5 @@
 """Batched generation on a task's test examples, and the gates' coefficients for them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

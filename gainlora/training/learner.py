@@ -1,14 +1,12 @@
 """ContinualLearner: a model that learns tasks one after another, in memory."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from gainlora import distributed
 from gainlora.config import RunConfig
@@ -100,7 +98,7 @@ class ContinualLearner:
         """Of each step of `learn`: what a run records in scores.json, subspace.json and coefficients.json."""
 
     @classmethod
-    def load(cls, folder: Path | str, base: Any = None, **arguments: Any) -> ContinualLearner:
+    def load(cls, folder: Path | str, base: Any = None, **arguments: Any) -> Self:
         """The learner that `save` wrote, or that of a run's folder.
 
         Args:

@@ -13,8 +13,6 @@ Ranzato (2017), LA as in Riemer et al. (2019), AIA as in Rebuffi et al. (2017). 
 and all but AP where all tasks were learned at once.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 import string

@@ -4,8 +4,6 @@ prepare   the rule's start of branch t (inflora: covariance of its inputs under 
 update    the rule's finish; fold and freeze branch and gate t; covariances under 1..t -> expand U and M
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from functools import cache, partial

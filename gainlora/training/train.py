@@ -1,7 +1,5 @@
 """Learning one task: the loop over its examples."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math
@@ -76,7 +74,7 @@ def train_task(
     name: str,
     pad_id: int,
     checkpoints: Checkpoints,
-    validation: Validation,
+    validation: "Validation",
     callback: Callback = Callback(),  # noqa: B008  does nothing and holds nothing
 ) -> Records:
     """Train the started branch (and gate) on one task, resuming from its latest checkpoint, if any.

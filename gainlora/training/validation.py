@@ -4,8 +4,6 @@ at the end of each epoch and at least 4 times per task: loss and score -> valida
 keep: best   highest score, ties by lower loss, then the earlier one; its parameters are restored at the end
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
