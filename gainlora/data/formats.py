@@ -54,13 +54,13 @@ class Source(NamedTuple):
 
     def label(self, split: str) -> str:
         """The split's file, for messages."""
-        if isinstance(self.place, str) or self.place.suffix in SUFFIXES or _saved(self.place):
+        if isinstance(self.place, str) or _is_whole(self.place):
             return f"{self.place}: {split}"
         return str(_file(self.place, split) or self.place / f"{split}.json")
 
     def lacks(self) -> list[str]:
         """The files of a complete folder that are missing."""
-        if isinstance(self.place, str) or self.place.suffix in SUFFIXES or _saved(self.place):
+        if isinstance(self.place, str) or _is_whole(self.place):
             return [] if isinstance(self.place, str) or self.place.exists() else [str(self.place)]
         files = {f"{split}.json": _file(self.place, split) for split in ("train", "test")}
         return [name for name, file in files.items() if file is None or not file.is_file()]
@@ -85,14 +85,12 @@ class Source(NamedTuple):
             rows, notes = memory_rows(part)
             found = rows_split(rows, f"{self.place}: {split}", self.input, self.output, blank, notes)
             return self._instructed(found), _identifying(found)
-        path = self.place if self.place.suffix in SUFFIXES else _file(self.place, split)
-        if path is None or (path == self.place and split != "train"):
-            if split == "dev" or path is not None:
-                return None
-            path = self.place / f"{split}.json"
-        absent = (
-            "a task folder holds train.json and test.json" if path != self.place else "name a task's file or folder"
-        )
+        single = self.place.suffix in SUFFIXES
+        path = self.place if single else _file(self.place, split)
+        if (single and split != "train") or (path is None and split == "dev"):
+            return None
+        path = path or self.place / f"{split}.json"
+        absent = "name a task's file or folder" if single else "a task folder holds train.json and test.json"
         content = read_bytes(path, absent, REMEDY)
         return self._instructed(parse_split(content, path, blank, self.input, self.output)), content
 
@@ -297,6 +295,11 @@ def _parquet(content: bytes, path: Path) -> Any:
         return datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(pyarrow.BufferReader(content))))
     except (pyarrow.ArrowException, ValueError, TypeError) as error:
         raise GainLoRAError(f"{path}: cannot be read ({reason(error)}); {REMEDY}.") from None
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether all splits are in one place: a file, or a folder of `save_to_disk`."""
+    return place.suffix in SUFFIXES or _saved(place)
 
 
 def _saved(folder: Path) -> bool:
