@@ -5,8 +5,6 @@ training labels of a task would be equal, or one empty, its answers are compared
 notes. Every check is linear in the size of the files.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from gainlora.data.collate import encode
 from gainlora.data.instances import Example
 from gainlora.data.tasks import Task
 from gainlora.data.validation import squeeze
@@ -134,7 +133,7 @@ def _check_labels(task: Task, tokenizer: Any, same: Same) -> None:
     """Refuse labels that are the same tokens for the model."""
     labels = _labels(task)
     first: dict[tuple[int, ...], str] = {}
-    for label, ids in zip(labels, _encoded(labels, tokenizer), strict=True):
+    for label, ids in zip(labels, encode(labels, tokenizer), strict=True):
         other = first.setdefault(tuple(ids), label)
         if same(other) != same(label):
             raise GainLoRAError(
@@ -151,18 +150,12 @@ def _unreachable(task: Task, tokenizer: Any, same: Same) -> Iterator[str]:
         yield _note(where, wordless, references, "different references have no word and can only score 0")
     if tokenizer is None:
         return
-    decoded = tokenizer.batch_decode(_encoded(references, tokenizer), skip_special_tokens=True)
+    decoded = tokenizer.batch_decode(encode(references, tokenizer), skip_special_tokens=True)
     pairs = zip(references, map(str.strip, decoded), strict=True)
     if lost := [(r, d) for r, d in pairs if same(r) and r != d and same(r) != same(d)]:
         yield _note(
             where, lost, references, "different references cannot score 100, as the tokenizer writes them differently"
         )
-
-
-def _encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids as in training, untruncated, without EOS: "</s>" inside a text is text."""
-    plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-    return tokenizer(texts, verbose=False, **plain)["input_ids"]
 
 
 def _note(file: str, found: Sequence[tuple[str, ...]], all_of: Sized, what: str) -> str:

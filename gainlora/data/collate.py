@@ -8,18 +8,13 @@ Encoder-decoder: the prompt, then EOS. `data.truncate` says which part a long pr
 Target ids: one reference, no special tokens but a final EOS; a long target loses tokens at its end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 import random
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gainlora.data.instances import Example
 from gainlora.data.prompts import Part, Prompt, shorten
@@ -31,12 +26,11 @@ if TYPE_CHECKING:
     import datasets
     import torch
 
-FORMAT = 2
+T = TypeVar("T")
+FORMAT = 3
 """Part of the cache key; raise it when the meaning of the columns changes."""
 IGNORED = -100
 """Label of positions without loss."""
-CHUNK = 1000
-"""Texts per tokenizer call."""
 Split = Literal["train", "validation", "test"]
 PLACE = "[the prompt]"
 """Stands for the prompt in a chat template."""
@@ -51,7 +45,7 @@ def tokenize(
     data: DataConfig,
     encoder_decoder: bool,
     cache: Path | None = Path(".cache/tokenized"),
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """One split's token ids, in the split's order.
 
     Args:
@@ -59,7 +53,7 @@ def tokenize(
         tokenizer: a transformers tokenizer with an EOS token.
         data: `max_prompt_tokens`, `max_target_tokens` (both count special tokens), `truncate` and `references`.
         encoder_decoder: prompt as T5 reads it (EOS at its end) instead of as a decoder-only model continues it.
-        cache: folder of cached results; each is a folder that is created atomically. None: results stay in memory.
+        cache: folder of cached results; each is a file that is created atomically. None: results stay in memory.
 
     Returns:
         Columns prompt_ids (n_prompt,), target_ids (n_target,), references (texts to score against; the target is the
@@ -83,21 +77,26 @@ def tokenize(
     limits = (data.max_prompt_tokens, data.max_target_tokens, data.truncate)
     frame = _prompt_frame(tokenizer, data, encoder_decoder) if data.template else ()
     key = _digest(FORMAT, prompts, references, split, *limits, encoder_decoder, _fingerprint(tokenizer), *frame)
-    folder = cache and cache / f"{task.name}-{split}-{key[:16]}"
-    kept = folder and _load(folder)
-    if kept:
+    file = cache and cache / f"{task.name}-{split}-{key[:16]}.arrow"
+    if file and (kept := _load(file)):
         return kept
     prompt_ids, prompt_lost = encode_prompts(prompts, tokenizer, data, encoder_decoder)
-    target_ids, target_cut = _targets([r[0] for r in references], tokenizer, data.max_target_tokens)
-    columns: dict[str, Any] = {"prompt_ids": prompt_ids, "target_ids": target_ids, "references": references}
-    cut = [bool(lost) or (short and split == "train") for lost, short in zip(prompt_lost, target_cut, strict=True)]
-    columns |= {"prompt_lost": prompt_lost, "target_cut": target_cut, "truncated": cut}
-    if folder is None:
-        return datasets.Dataset.from_dict(columns, features=_features())
-    _save(columns, folder)
-    made = _load(folder)
-    if made is None:
-        raise GainLoRAError(f"{folder}: cannot be read back; check the disk, or delete it and run again.")
+    room = data.max_target_tokens - 1
+    answers = encode([r[0] for r in references], tokenizer)
+    target_cut = [len(answer) > room for answer in answers]
+    columns = {
+        "prompt_ids": prompt_ids,
+        "target_ids": [[*answer[:room], tokenizer.eos_token_id] for answer in answers],
+        "references": references,
+        "prompt_lost": prompt_lost,
+        "target_cut": target_cut,
+        "truncated": [bool(p) or (t and split == "train") for p, t in zip(prompt_lost, target_cut, strict=True)],
+    }
+    ids, text, flag = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("bool")
+    types = dict(zip(columns, (ids, ids, datasets.List(text), text, flag, flag), strict=True))
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+    if file:
+        _save(made, file)
     return made
 
 
@@ -128,7 +127,7 @@ def encode_prompts(
             f"data.max_prompt_tokens: {data.max_prompt_tokens} leaves no room beside {len(prefix) + len(suffix)} "
             "special tokens; raise it."
         )
-    ids = _encode([prompt.text for prompt in prompts], tokenizer)
+    ids = encode([prompt.text for prompt in prompts], tokenizer)
     side = "start" if data.truncate == "input" else data.truncate  # of a prompt without parts
     lost = ["" if len(i) <= room else side for i in ids]
     if data.truncate == "input":
@@ -145,9 +144,9 @@ def _shorten_parts(prompts: Sequence[Prompt], ids: list[list[int]], lost: list[s
     parts: tuple[Part, ...] = ("input", "definition")
     for part in parts:
         too_long = {n: prompts[n] for n, found in enumerate(ids) if len(found) > room and getattr(prompts[n], part)}
-        shorter = shorten(too_long, part, lambda texts: _encode(texts, tokenizer), room)
+        shorter = shorten(too_long, part, lambda texts: encode(texts, tokenizer), room)
         prompts = [shorter.get(n, prompt) for n, prompt in enumerate(prompts)]
-        for n, found in zip(shorter, _encode([p.text for p in shorter.values()], tokenizer), strict=True):
+        for n, found in zip(shorter, encode([p.text for p in shorter.values()], tokenizer), strict=True):
             ids[n], lost[n] = found, part
 
 
@@ -165,7 +164,7 @@ def count_cut(rows: Any) -> dict[str, int]:
 
 def collate(
     rows: Sequence[dict[str, Any]], pad_id: int, encoder_decoder: bool, targets: bool
-) -> dict[str, torch.Tensor]:
+) -> dict[str, "torch.Tensor"]:
     """Pad rows to one batch of B sequences; every tensor is int64.
 
     Args:
@@ -183,47 +182,46 @@ def collate(
     """
     import torch
 
-    prompts = [list(r["prompt_ids"]) for r in rows]
-    answers = [list(r["target_ids"]) for r in rows] if targets else [[] for _ in rows]
-    if encoder_decoder:
-        batch = {
-            "input_ids": torch.tensor(_pad(prompts, pad_id, left=False)),
-            "attention_mask": torch.tensor(_pad([[1] * len(p) for p in prompts], 0, left=False)),
-        }
-        if targets:
-            batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=False))
-        return batch
-    whole = [p + a for p, a in zip(prompts, answers, strict=True)]
-    mask = torch.tensor(_pad([[1] * len(w) for w in whole], 0, left=True))
-    batch = {"input_ids": torch.tensor(_pad(whole, pad_id, left=True)), "attention_mask": mask}
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        width = max(map(len, rows))
+        return torch.tensor(
+            [r + [value] * (width - len(r)) if encoder_decoder else [value] * (width - len(r)) + r for r in rows]
+        )
+
+    inputs = [list(r["prompt_ids"]) for r in rows]
+    labels = answers = [list(r["target_ids"]) for r in rows] if targets else []
+    if targets and not encoder_decoder:
+        labels = [[IGNORED] * len(p) + a for p, a in zip(inputs, answers, strict=True)]
+        inputs = [p + a for p, a in zip(inputs, answers, strict=True)]
+    mask = padded([[1] * len(i) for i in inputs], 0)
+    batch = {"input_ids": padded(inputs, pad_id), "attention_mask": mask}
     if targets:
-        batch["labels"] = torch.tensor(_pad(answers, IGNORED, left=True, width=mask.shape[1]))
+        batch["labels"] = padded(labels, IGNORED)
+    if targets and not encoder_decoder:
         batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, S)
     return batch
 
 
+def lengths(rows: Any) -> list[int]:
+    """Tokens of each row's prompt and target together."""
+    return [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
+
+
+def chunks(items: list[T], size: int) -> list[list[T]]:
+    """The items in lists of one size; the last may be smaller."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, the longest first (so that a lack of memory shows at once)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return chunks(sorted(range(len(lengths)), key=lambda i: -lengths[i]), batch_size)
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, task: int, epoch: int) -> list[list[int]]:
     """Indices 0..n-1, shuffled by (seed, task, epoch) alone, in batches; the last may be smaller."""
     order = list(range(n))
     random.Random(f"{seed}/{task}/{epoch}").shuffle(order)
-    return [order[i : i + batch_size] for i in range(0, n, batch_size)]
-
-
-def _pad(rows: list[list[int]], value: int, left: bool, width: int = 0) -> list[list[int]]:
-    width = max([width, *map(len, rows)])
-    return [[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows]
-
-
-def _targets(texts: list[str], tokenizer: Any, limit: int) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of at most `limit` each, EOS included; and which ones were cut."""
-    ids = _encode(texts, tokenizer)
-    return [[*i[: limit - 1], tokenizer.eos_token_id] for i in ids], [len(i) > limit - 1 for i in ids]
+    return chunks(order, batch_size)
 
 
 def _prompt_frame(tokenizer: Any, data: DataConfig, encoder_decoder: bool) -> tuple[list[int], list[int]]:
@@ -252,18 +250,10 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return framed[:start], framed[start + len(plain) :]
 
 
-def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids without special tokens: "</s>" inside a text is text, not an end."""
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), CHUNK):
-        ids += tokenizer(
-            texts[start : start + CHUNK],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-    return ids
+    plain = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(texts, verbose=False, **plain)["input_ids"] if texts else []
 
 
 def _fingerprint(tokenizer: Any) -> str:
@@ -277,71 +267,33 @@ def _fingerprint(tokenizer: Any) -> str:
             backend.no_padding()
             backend.no_truncation()
         state = backend.to_str()
-    return _digest(hashlib.sha256(state.encode()).hexdigest(), *_frame(tokenizer), tokenizer.eos_token_id)
+    return _digest(state, *_frame(tokenizer), tokenizer.eos_token_id)
 
 
 def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _load(folder: Path) -> datasets.Dataset | None:
-    """The cached result, memory-mapped; None if there is none or it is damaged (it is then removed)."""
-    if not folder.is_dir():
-        return None
+def _load(file: Path) -> "datasets.Dataset | None":
+    """The cached rows, memory-mapped; None if there are none or they are damaged."""
     import datasets
 
     try:
-        return datasets.Dataset.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError):
-        shutil.rmtree(folder, ignore_errors=True)
+        return datasets.Dataset.from_file(str(file))
+    except (OSError, ValueError):
         return None
 
 
-def _features() -> datasets.Features:
-    import datasets
+def _save(rows: "datasets.Dataset", file: Path) -> None:
+    """Write beside `file`, then rename: other processes see all of it or nothing."""
+    import pyarrow
 
-    return datasets.Features(
-        {
-            "prompt_ids": datasets.List(datasets.Value("int32")),
-            "target_ids": datasets.List(datasets.Value("int32")),
-            "references": datasets.List(datasets.Value("string")),
-            "prompt_lost": datasets.Value("string"),
-            "target_cut": datasets.Value("bool"),
-            "truncated": datasets.Value("bool"),
-        }
-    )
-
-
-def _save(columns: dict[str, Any], folder: Path) -> None:
-    """Write beside `folder`, then rename: other processes see all of it or nothing."""
-    import datasets
-
-    part = ""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = tempfile.mkdtemp(dir=folder.parent, prefix=".part-")
-        with _no_progress_bars():
-            datasets.Dataset.from_dict(columns, features=_features()).save_to_disk(part)
-        try:
-            os.rename(part, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process stored the same content first
-                raise
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".part-") as part:
+            new = Path(part) / file.name
+            with pyarrow.OSFile(str(new), "wb") as stream, pyarrow.ipc.new_stream(stream, rows.data.schema) as writer:
+                writer.write_table(rows.data.table)
+            new.rename(file)
     except OSError as error:
-        raise GainLoRAError(f"{folder}: cannot be written ({error}); free or allow space there.") from None
-    finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        raise GainLoRAError(f"{file}: cannot be written ({error}); free or allow space there.") from None

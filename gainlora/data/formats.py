@@ -4,8 +4,6 @@
 The benchmark's own format (`gainlora.data.tasks`) is one JSON object; it is read with the same checks.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -40,7 +38,7 @@ class Source(NamedTuple):
     """In place of the files' definition."""
 
     @classmethod
-    def of(cls, place: Source | Path | str) -> Source:
+    def of(cls, place: "Source | Path | str") -> "Source":
         """A source, from its place."""
         if isinstance(place, Source):
             return place
@@ -87,14 +85,12 @@ class Source(NamedTuple):
             rows, notes = memory_rows(part)
             found = rows_split(rows, f"{self.place}: {split}", self.input, self.output, blank, notes)
             return self._instructed(found), _identifying(found)
-        path = self.place if self.place.suffix in SUFFIXES else _file(self.place, split)
-        if path is None or (path == self.place and split != "train"):
-            if split == "dev" or path is not None:
-                return None
-            path = self.place / f"{split}.json"
-        absent = (
-            "a task folder holds train.json and test.json" if path != self.place else "name a task's file or folder"
-        )
+        single = self.place.suffix in SUFFIXES
+        path = self.place if single else _file(self.place, split)
+        if (single and split != "train") or (path is None and split == "dev"):
+            return None
+        path = path or self.place / f"{split}.json"
+        absent = "name a task's file or folder" if single else "a task folder holds train.json and test.json"
         content = read_bytes(path, absent, REMEDY)
         return self._instructed(parse_split(content, path, blank, self.input, self.output)), content
 

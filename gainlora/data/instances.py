@@ -7,14 +7,14 @@ like a misspelled `Definition`, `Instances`, `input` or `output`. All text is st
 benchmark end in a line break: exactly one precedes "Output: ".
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import regex
 
 from gainlora.errors import GainLoRAError, short_repr
 
@@ -124,22 +124,9 @@ def _nearly(key: str, known: str) -> bool:
     if any(map(str.isdigit, key)):
         return False
     key, letters, known = (text.rstrip("s") for text in (key, letters, known))
-    return letters == known or _edits(key, known) <= (1 if len(known) < 8 else 2)
-
-
-def _edits(a: str, b: str) -> int:
-    """Insertions, deletions, replacements and swaps of neighbours from a to b (optimal string alignment)."""
-    if abs(len(a) - len(b)) > 2:
-        return 3  # far enough
-    before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        older, before, row = before, row, [i]
-        for j, y in enumerate(b, start=1):
-            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
-            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
-                least = min(least, older[j - 2] + 1)
-            row.append(least)
-    return row[-1]
+    swapped = {f"{known[:i]}{known[i + 1]}{known[i]}{known[i + 2 :]}" for i in range(len(known) - 1)}
+    errors = 1 if len(known) < 8 else 2  # inserted, missing or other letters
+    return letters == known or key in swapped or regex.fullmatch(f"(?:{known}){{e<={errors}}}", key) is not None
 
 
 def _text(value: Any, where: str, remedy: str) -> str:

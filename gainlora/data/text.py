@@ -1,7 +1,5 @@
 """Plain text in pieces: cleaning, sentences, passages of a wanted length."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """Selects examples to hold out, for validation or for testing, from the task's name and inputs alone: the same for
 every seed, method and limit. Equal inputs stay on one side."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

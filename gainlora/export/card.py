@@ -1,7 +1,5 @@
 """The model card: README.md of a finished model, in the hub's format, from the run's own records."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Literal

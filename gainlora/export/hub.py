@@ -5,8 +5,6 @@ run.json                              the run, as written by `gainlora results`
 README.md                             the model card
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

@@ -8,8 +8,6 @@
 Gates are not exported: an exported branch has coefficient 1, or that of the one prompt, on every prompt.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,12 +5,8 @@ runs/<run>/task_02_<name>/     the state after task 2
 adapters/<order>/              a finished model (export/hub.py); the same from a hub, by its id
 """
 
-from __future__ import annotations
-
 import hashlib
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +16,7 @@ from gainlora.config import RunConfig
 from gainlora.data.own_tasks import as_file, read_kept_test
 from gainlora.data.sources import resolve_model
 from gainlora.errors import GainLoRAError, reason
-from gainlora.io import verify_checksums, write_json
+from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
 from gainlora.runs import identity
@@ -88,7 +84,7 @@ def open_saved(place: str | Path) -> SavedModel:
     return SavedModel(folder, adapter, read_run(run_folder), run_folder.parent.parent)
 
 
-def write_learned(learner: ContinualLearner, folder: Path) -> None:
+def write_learned(learner: "ContinualLearner", folder: Path) -> None:
     """Write what a learner in memory learned to its own folder, in place of an earlier state of it.
 
     Raises:
@@ -104,20 +100,14 @@ def write_learned(learner: ContinualLearner, folder: Path) -> None:
     described = identity.describe(config, list(learner.tasks), [], ids, base)
     described["dtype"] = str(learner.model.get_base_model().dtype).removeprefix("torch.")
     record = Record(described, learner.entries, [step_of(step) for step in learner.history])
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with whole_folder(folder) as part:
         learner.model.save_pretrained(part)
         write_result_file(record, part / RUN)
         for name, task in learner.tasks.items():
             write_json(part / TEST / f"{name}.json", as_file(task, task.test, task.train))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def read_learned(saved: SavedModel, learner: ContinualLearner) -> None:
+def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     """Give a learner the record and the test examples of what its adapter learned."""
     order, names = learner.config.order, learner.model.config.tasks
     places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{TEST}/*.json")}
@@ -133,23 +123,15 @@ def read_learned(saved: SavedModel, learner: ContinualLearner) -> None:
     learner.config = learner.config.with_options({"order.tasks": tuple(tasks)})
 
 
-@contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder that is renamed to `place` if the block succeeds and removed otherwise.
+def new_folder(place: Path) -> AbstractContextManager[Path]:
+    """`gainlora.io.whole_folder` for a place that is free.
 
     Raises:
         GainLoRAError: `place` exists.
     """
     if place.exists():
         raise GainLoRAError(f"--out: {place} exists already; name a new folder, or remove it.")
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        part.rename(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return whole_folder(place)
 
 
 def files_sha256(source: str) -> str:
@@ -158,8 +140,7 @@ def files_sha256(source: str) -> str:
         return f"commit {base_config(source)._commit_hash}"
     digest = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")):
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -1,7 +1,5 @@
 """The adapter's definition."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

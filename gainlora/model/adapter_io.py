@@ -8,14 +8,12 @@ subspace.safetensors        gate.<l> (d_{l-1}, k), layer.<group>.<block> (d / b,
 rule.safetensors            <layer>:<name>: memory of the branch rule, if it has one
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,11 +25,9 @@ from gainlora.io import read_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import load_base, pick_device, pick_dtype, place
 from gainlora.model.gate import GateWeights, widths
+from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.router import Router
 from gainlora.parsing import parse
-
-if TYPE_CHECKING:
-    from gainlora.model.modeling import GainLoRAModel
 
 FORMAT = "gainlora-2"
 CONFIG, BRANCHES = "adapter_config.json", "adapter_model.safetensors"

@@ -4,8 +4,6 @@ Encoder-decoder and decoder-only models both work; the model's config decides, n
 the rest: gainlora/model/targets.py (layers), gainlora/model/probe.py (behavior).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

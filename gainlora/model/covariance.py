@@ -1,7 +1,5 @@
 """Covariances of the inputs of a model's layers, gates and router on a task's training examples, in eval mode."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -13,8 +13,6 @@ optimizer: the guarantee is in the forward pass, not in the training loop.
 Source: Liang, Chen, Li, GainLoRA (NeurIPS 2025), section 3 and Proposition 3.1.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -45,16 +43,16 @@ class GateWeights:
             p = F.silu(torch.einsum("bti,toi->bto", p, weight))
         return coefficient(scores(p, self.key, score))
 
-    def append(self, other: GateWeights) -> GateWeights:
+    def append(self, other: "GateWeights") -> "GateWeights":
         """These gates followed by the others."""
         hidden = [torch.cat(pair) for pair in zip(self.hidden, other.hidden, strict=True)]
         return GateWeights(hidden, torch.cat((self.key, other.key)))
 
-    def to(self, device: torch.device) -> GateWeights:
+    def to(self, device: torch.device) -> "GateWeights":
         """The same gates on another device."""
         return GateWeights([w.to(device) for w in self.hidden], self.key.to(device))
 
-    def last(self) -> GateWeights:
+    def last(self) -> "GateWeights":
         """Only the newest gate."""
         return GateWeights([w[-1:] for w in self.hidden], self.key[-1:])
 

@@ -18,8 +18,6 @@ high and a low bfloat16 part, so that A x = 0 remains 0 where InfLoRA needs it (
 LoRA: Hu et al. (ICLR 2022). Integration: GainLoRA (NeurIPS 2025), equation of the integrated branches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -206,7 +204,7 @@ class Group:
     The first of them to be called computes all; the others take their outputs.
     """
 
-    def __init__(self, layers: Sequence[GatedLoRALinear]) -> None:
+    def __init__(self, layers: Sequence["GatedLoRALinear"]) -> None:
         self.layers = list(layers)
         first = self.layers[0]
         self.A = torch.zeros(len(layers), 0, first.in_features, device=first.weight.device)  # (G, K, d_in)
@@ -261,7 +259,7 @@ class Group:
         high.copy_(self.A[:, rows])
         low.copy_(self.A[:, rows] - high)
 
-    def output(self, layer: GatedLoRALinear, x: Tensor) -> Tensor:
+    def output(self, layer: "GatedLoRALinear", x: Tensor) -> Tensor:
         """The output of one of the layers: x (B, S, d_in), or (B * S, d_in), to the same with d_out."""
         if self._x is not x or layer not in self._outputs:
             # a flattened row is treated as a sample of one token, with the coefficients of its own sample

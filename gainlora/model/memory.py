@@ -4,8 +4,6 @@ Counted are all tensors that live at once: weights, adapter, gradients, optimize
 batch of the longest examples. A GPU's library workspaces and the allocator's gaps come on top.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable

@@ -7,8 +7,6 @@ Coefficients are computed once per sample, from the prompt alone, and shared by 
 computes them once and reuses them for every new token. No task id is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -340,7 +338,7 @@ class GainLoRAModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, base: Any = None, dtype: str = "auto", device_map: str | None = None
-    ) -> GainLoRAModel:
+    ) -> "GainLoRAModel":
         """Load a learned adapter and its base model.
 
         Args:

@@ -1,7 +1,5 @@
 """In which precision products are computed, whatever the process allows elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -9,8 +9,6 @@
 The checks use the code of training and evaluation: `collate`, `GainLoRAModel.forward` and `.generate`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ F^T F and F^T Y are sums over all prompts seen so far, kept in float64: no old d
 An analytic router as in Any-SSR (arXiv 2503.13575). It needs one more pass over each prompt, without branches.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +39,7 @@ class Router:
         """T, the number of branches that it knows."""
         return self.targets.shape[1]
 
-    def to(self, device: torch.device) -> Router:
+    def to(self, device: torch.device) -> "Router":
         """The same router on another device."""
         return Router(self.expansion.shape[1], device, self.gram, self.targets)
 

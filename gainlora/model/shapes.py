@@ -7,8 +7,6 @@ The models are built on torch's meta device: real modules and shapes, no memory,
 shapes are set. A d below is the width of the token embeddings.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

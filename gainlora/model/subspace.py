@@ -11,8 +11,6 @@ Source: Saha et al., Gradient Projection Memory (ICLR 2021); Liang and Li, InfLo
 Tensors only, no models. Projections are two thin products; no (d, d) projector is formed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Finds the layers to adapt and their inputs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -25,15 +25,23 @@ GATED, ROUTED = "gainlora-", "routed-"
 """Prefixes of methods whose coefficients depend on the prompt; the rest of the name is the branch rule."""
 ALL_TASKS = "all_tasks"
 """Name of the single step of a method that learns all tasks at once."""
-Branch = tuple["Tensor", "Tensor"]
+# in quotes: importing a rule does not load torch
+Layer: TypeAlias = "GatedLoRALinear"
+Model: TypeAlias = "GainLoRAModel"
+Branch: TypeAlias = "tuple[Tensor, Tensor]"
 """A (r, d_in) and B (d_out, r)."""
+Penalty: TypeAlias = "Callable[[], Tensor] | None"
+"""A function of no arguments for a layer's penalty (a scalar) at a step; None: no penalty."""
+Gradients: TypeAlias = "Callable[[], Iterator[None]]"
+"""Iterates over a task's training examples (subspace.max_examples of them); at each, `grad` of the trainable parameters
+is that of the example's log-likelihood."""
 
 
 @dataclass(frozen=True)
 class Start:
     """Inputs for starting the branch of one layer."""
 
-    layer: GatedLoRALinear
+    layer: Layer
     rank: int
     generator: Generator
     """Seeded by the run and the task; on the CPU."""
@@ -68,13 +76,13 @@ class BranchRule:
         """The new branch of one layer before training; a shared one continues from its last state."""
         return new.last or (random_A(new), zero_B(new))
 
-    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+    def penalty(self, layer: Layer) -> Penalty:
         """Called once per layer when training starts. Returns a function of no arguments for the layer's penalty (a
         scalar) at a step; None: no penalty. It may depend only on constants of the training (frozen branches,
         `layer.memory`) and on the current `layer.learning`, so that training can resume from a checkpoint."""
         return None
 
-    def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
+    def finish(self, model: Model, gradients: Gradients) -> None:
         """Called after training, before the branch is frozen. A rule stores state for later tasks in
         `layer.memory`, which is saved with the task.
 

@@ -6,23 +6,13 @@ The scaling s is ours, so that changes are the effective ones.
 Smith et al., Continual Diffusion: Continual Customization of Text-to-Image Diffusion with C-LoRA (2023).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from gainlora.rules import BranchRule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gainlora.model.layers import GatedLoRALinear
+from gainlora.rules import BranchRule, Layer, Penalty
 
 
 class Rule(BranchRule):
     penalty_weight = 1e3  # ours: the products are of the order of 1e-6, and squared
 
-    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+    def penalty(self, layer: Layer) -> Penalty:
         if not len(layer.A):
             return None
         changed = (layer.scaling * layer.B @ layer.A).abs()  # (d_out, d_in), once a task

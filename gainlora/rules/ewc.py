@@ -9,18 +9,7 @@ Kirkpatrick et al., Overcoming Catastrophic Forgetting in Neural Networks (PNAS 
 optimum for all old tasks: Huszar's note on it (PNAS 2018).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-from gainlora.rules import Branch, BranchRule, Start
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gainlora.model.layers import GatedLoRALinear
-    from gainlora.model.modeling import GainLoRAModel
+from gainlora.rules import Branch, BranchRule, Gradients, Layer, Model, Penalty, Start
 
 
 class Rule(BranchRule):
@@ -32,35 +21,23 @@ class Rule(BranchRule):
             new.layer.memory["anchor_A"], new.layer.memory["anchor_B"] = new.last
         return super().start(new)
 
-    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+    def penalty(self, layer: Layer) -> Penalty:
         if "anchor_A" not in layer.memory:
             return None
-        kept = layer.memory
-        held = [(now, kept[f"anchor_{name}"], kept[f"fisher_{name}"]) for now, name in _parameters(layer)]
+        (A, B), kept = layer.learning, layer.memory
+        fisher_A, fisher_B, A_0, B_0 = (kept[name] for name in ("fisher_A", "fisher_B", "anchor_A", "anchor_B"))
+        return lambda: 0.5 * ((fisher_A * (A - A_0).square()).sum() + (fisher_B * (B - B_0).square()).sum())
 
-        def penalty() -> Tensor:
-            first, second = [(fisher * (now - anchor).square()).sum() for now, anchor, fisher in held]
-            return 0.5 * (first + second)
-
-        return penalty
-
-    def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
+    def finish(self, model: Model, gradients: Gradients) -> None:
         squares = [
             (layer, name, parameter, parameter.detach() * 0)
             for layer in model.layers.values()
-            for parameter, name in _parameters(layer)
+            for name, parameter in zip("AB", layer.learning, strict=True)
         ]
-        count = 0
-        for _ in gradients():
-            count += 1
+        for count, _ in enumerate(gradients(), start=1):  # noqa: B007  read below
             for _, _, parameter, total in squares:
                 assert parameter.grad is not None
                 total += parameter.grad.square()
         for layer, name, _, total in squares:
             layer.memory[f"fisher_{name}"] = layer.memory.get(f"fisher_{name}", 0) + total / count
             layer.memory.pop(f"anchor_{name}", None)
-
-
-def _parameters(layer: GatedLoRALinear) -> list[tuple[Tensor, str]]:
-    A, B = layer.learning
-    return [(A, "A"), (B, "B")]

@@ -3,8 +3,6 @@
 Liang and Li, InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning (CVPR 2024).
 """
 
-from __future__ import annotations
-
 from gainlora.rules import Branch, BranchRule, Start, zero_B
 
 

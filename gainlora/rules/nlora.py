@@ -6,22 +6,12 @@ The paper's penalty on the weight change of a branch; the scaling s is ours, so 
 Yang et al., Is Parameter Collision Hindering Continual Learning in LLMs? (COLING 2025).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from gainlora.rules import BranchRule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gainlora.model.layers import GatedLoRALinear
+from gainlora.rules import BranchRule, Layer, Penalty
 
 
 class Rule(BranchRule):
     penalty_weight = 5e-5  # ours, for a sum over all entries of all layers
 
-    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor]:
+    def penalty(self, layer: Layer) -> Penalty:
         A, B = layer.learning
         return lambda: layer.scaling * (B @ A).abs().sum()

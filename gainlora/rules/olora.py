@@ -6,23 +6,13 @@ The authors' code can also penalize the norm of the new branch (its lambda_2); t
 Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning (EMNLP Findings 2023); not peft's OLoRA.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from gainlora.rules import BranchRule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gainlora.model.layers import GatedLoRALinear
+from gainlora.rules import BranchRule, Layer, Penalty
 
 
 class Rule(BranchRule):
     penalty_weight = 0.5  # the paper's lambda_1
 
-    def penalty(self, layer: GatedLoRALinear) -> Callable[[], Tensor] | None:
+    def penalty(self, layer: Layer) -> Penalty:
         if not len(layer.A):
             return None
         A, _ = layer.learning

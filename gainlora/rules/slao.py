@@ -7,16 +7,9 @@
 Qiao and Mahdavi, Merge before Forget: A Single LoRA Continual Learning via Continual Merging (arXiv 2512.23017).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-from gainlora.rules import Branch, BranchRule, Start
-
-if TYPE_CHECKING:
-    from gainlora.model.modeling import GainLoRAModel
+from gainlora.rules import Branch, BranchRule, Gradients, Model, Start
 
 
 class Rule(BranchRule):
@@ -32,7 +25,7 @@ class Rule(BranchRule):
         Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # LAPACK does not fix the signs, and B is reused
         return Q.T.contiguous(), new.layer.memory["tuned_B"]
 
-    def finish(self, model: GainLoRAModel, gradients: Callable[[], Iterator[None]]) -> None:
+    def finish(self, model: Model, gradients: Gradients) -> None:
         t = len(model.config.tasks) + 1
         for layer in model.layers.values():
             _, B = layer.learning

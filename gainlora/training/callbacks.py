@@ -4,8 +4,6 @@ With several processes each calls its own callbacks. All must have the same ones
 collective operation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 class Callback:
     """Base class with no-op methods. t counts steps from 1; a step is a task (`multitask`: all of them)."""
 
-    def on_run_begin(self, run: Run) -> None:
+    def on_run_begin(self, run: "Run") -> None:
         """A run is about to learn its remaining steps; `run.notices` holds messages for the user."""
 
     def on_task_begin(self, t: int, name: str) -> None:
@@ -61,7 +59,7 @@ class Console(Callback):
     def on_note(self, text: str) -> None:
         self._print(f"note: {text}")
 
-    def on_run_begin(self, run: Run) -> None:
+    def on_run_begin(self, run: "Run") -> None:
         self.steps, self.finished = len(run.steps), run.finished
         resumed = f", {run.finished} finished before" if run.finished else ""
         self._print(f"runs/{run.folder.name}: {len(run.steps)} tasks{resumed}")

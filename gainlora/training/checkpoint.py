@@ -13,8 +13,6 @@
 Everything else follows from the configuration, the data and the finished tasks.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +58,7 @@ class Checkpoints:
         scheduler: Any,
         records: Records,
         random: dict[str, Tensor],
-        validation: Validation,
+        validation: "Validation",
     ) -> None:
         """Write the state after `len(records)` steps, then remove older ones.
 
@@ -144,7 +142,7 @@ def restore_branch(folder: Path, model: GainLoRAModel, rule: BranchRule) -> None
         model.layers[layer].memory[key_name] = kept.clone().to(model.layers[layer].A.device)
 
 
-def restore_training(folder: Path, optimizer: Any, scheduler: Any, validation: Validation) -> Records:
+def restore_training(folder: Path, optimizer: Any, scheduler: Any, validation: "Validation") -> Records:
     """Restore optimizer, schedule, validation and random generators; returns the training records."""
     tensors, progress = load_file(folder / STATE), read_json(folder / PROGRESS)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,5 @@
 """Batched generation on a task's test examples, and the gates' coefficients for them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +115,11 @@ class Prediction:
     """a_1..a_t of the prompt; None where all are 1."""
 
 
+def mean_score(answers: Sequence[Prediction]) -> float:
+    """0 to 100."""
+    return sum(answer.score for answer in answers) / len(answers)
+
+
 def evaluate_task(
     model: GainLoRAModel,
     tokenizer: Any,
@@ -176,7 +179,7 @@ def step_scores(
         scores (0 to 100, by task), the measured ones, routing (`gainlora.training.metrics.routing`), and AP, FT, BWT,
         LA, AIA and FWT.
     """
-    scores = {name: sum(p.score for p in answers) / len(answers) for name, answers in predictions.items()}
+    scores = {name: mean_score(answers) for name, answers in predictions.items()}
     known = {kind: {n: s for n, s in found.items() if s is not None} for kind, found in measured.items()}
     steps = [*earlier, {"scores": scores, **known}]
     R = [list(step["scores"].values()) for step in steps]

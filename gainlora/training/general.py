@@ -4,8 +4,6 @@ The text is general.txt: sentences written for this purpose, one a line. The mod
 predicts the second, as an answer; so encoder-decoders are measured like decoder-only models.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import cache

@@ -1,14 +1,12 @@
 """ContinualLearner: a model that learns tasks one after another, in memory."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from gainlora import distributed
 from gainlora.config import RunConfig
@@ -23,7 +21,14 @@ from gainlora.model.probe import check_behavior
 from gainlora.rules import ALL_TASKS
 from gainlora.training.callbacks import Callback, Callbacks, Console
 from gainlora.training.checkpoint import Checkpoints, Records, restore_branch
-from gainlora.training.evaluate import Prediction, answer_prompts, coefficient_statistics, evaluate_task, step_scores
+from gainlora.training.evaluate import (
+    Prediction,
+    answer_prompts,
+    coefficient_statistics,
+    evaluate_task,
+    mean_score,
+    step_scores,
+)
 from gainlora.training.general import general_ability
 from gainlora.training.steps import Examples, basis_sizes, new_adapter, prepare_task, update_memory, zero_rows
 from gainlora.training.train import train_task
@@ -100,7 +105,7 @@ class ContinualLearner:
         """Of each step of `learn`: what a run records in scores.json, subspace.json and coefficients.json."""
 
     @classmethod
-    def load(cls, folder: Path | str, base: Any = None, **arguments: Any) -> ContinualLearner:
+    def load(cls, folder: Path | str, base: Any = None, **arguments: Any) -> Self:
         """The learner that `save` wrote, or that of a run's folder.
 
         Args:
@@ -193,11 +198,7 @@ class ContinualLearner:
     def _taken(self, task: Task) -> Task:
         """The task under this learner's settings, with its validation examples."""
         order = self.config.order
-        under = Task(
-            task.name, task.train, task.test, task.instruction, validation=task.validation, template=order.template,
-            metric=order.metric, sha256=task.sha256, notes=task.notes, validation_from=task.validation_from,
-        )  # fmt: skip
-        return hold_out(under, None, self.config.data)
+        return hold_out(replace(task, template=order.template, metric=order.metric), None, self.config.data)
 
     def _check_new(self, tasks: Sequence[Task]) -> None:
         if self.config.rule.all_at_once and self.learned:
@@ -303,7 +304,7 @@ class ContinualLearner:
             tasks: with other test examples; None: all learned tasks.
         """
         given = [limited(self._taken(t), self.config.data) for t in (self.tasks.values() if tasks is None else tasks)]
-        return {name: _mean(answers) for name, answers in self.predictions(given).items()}
+        return {name: mean_score(answers) for name, answers in self.predictions(given).items()}
 
     def predictions(
         self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool] | None = None
@@ -335,9 +336,11 @@ class ContinualLearner:
         return self._unlearned_scores(tasks, keep_punctuation, "before") if known else {}
 
     def _unlearned_scores(self, tasks: Iterable[Task], keep: Mapping[str, bool], what: str) -> dict[str, float]:
-        given = {t.name: (self.rows([t], "test"), t.metric, self.config, f"{what} on {t.name}") for t in tasks}
-        answers = {name: evaluate_task(self.model, self.tokenizer, *g, keep[name], True) for name, g in given.items()}
-        return {name: _mean(found) for name, found in answers.items()}
+        found = {}
+        for task in tasks:
+            given = (self.rows([task], "test"), task.metric, self.config, f"{what} on {task.name}", keep[task.name])
+            found[task.name] = mean_score(evaluate_task(self.model, self.tokenizer, *given, unlearned=True))
+        return found
 
     def general_ability(self) -> dict[str, Any]:
         """`gainlora.training.general.general_ability`; empty with `single`, whose branches need a task."""
@@ -385,10 +388,6 @@ class ContinualLearner:
 
     def _examples(self, tasks: Sequence[Task]) -> Examples:
         return Examples(self.rows(tasks, "train"), self.model, self.config, self.tokenizer.pad_token_id)
-
-
-def _mean(answers: Sequence[Prediction]) -> float:
-    return sum(answer.score for answer in answers) / len(answers)
 
 
 @contextmanager

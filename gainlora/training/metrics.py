@@ -13,13 +13,11 @@ Ranzato (2017), LA as in Riemer et al. (2019), AIA as in Rebuffi et al. (2017). 
 and all but AP where all tasks were learned at once.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 import string
 import unicodedata
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +108,7 @@ def score(metric: str, prediction: str, references: Sequence[str], keep_punctuat
         keep_punctuation: of a task whose labels differ in punctuation (`gainlora.data.checks`); for `exact_match`.
     """
     if metric == "rouge_l":
-        return max((_rouge_l(prediction, reference) for reference in references), default=0.0)
+        return 100.0 * max((_rouge().score(r, prediction)["rougeL"].fmeasure for r in references), default=0.0)
     answer = comparable(metric, prediction, keep_punctuation)
     return 100.0 * any(answer and answer == comparable(metric, r, keep_punctuation) for r in references)
 
@@ -139,15 +137,11 @@ def words(text: str) -> list[str]:
     """Lower-case words, stemmed as English: runs of Unicode letters, digits and marks; single characters in scripts
     without spaces. For English these equal the tokens of rouge-score, which are runs of a-z and 0-9."""
     found = _word().findall(unicodedata.normalize("NFC", text).lower())
-    return [_stem(word) if len(word) > 3 else word for word in found]
-
-
-def _rouge_l(prediction: str, reference: str) -> float:
-    return 100.0 * float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
+    return [_stemmer()(word) if len(word) > 3 else word for word in found]
 
 
 @cache
-def _rouge_scorer() -> Any:
+def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words))
@@ -164,16 +158,11 @@ def _word() -> Any:
     return regex.compile(rf"(?V1){single}|{spaced}(?:{spaced}|{MARKS}|{joiner})*")
 
 
-@lru_cache(1 << 16)
-def _stem(word: str) -> str:
-    return _stemmer().stem(word)
-
-
 @cache
-def _stemmer() -> Any:
+def _stemmer() -> Callable[[str], str]:
     from nltk.stem.porter import PorterStemmer
 
-    return PorterStemmer()
+    return lru_cache(1 << 16)(PorterStemmer().stem)
 
 
 def _scores(row: Sequence[float | None]) -> list[float]:

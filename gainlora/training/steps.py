@@ -4,8 +4,6 @@ prepare   the rule's start of branch t (inflora: covariance of its inputs under 
 update    the rule's finish; fold and freeze branch and gate t; covariances under 1..t -> expand U and M
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from functools import cache, partial
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from gainlora import distributed
 from gainlora.config import RunConfig
-from gainlora.data.collate import IGNORED, buckets, collate
+from gainlora.data.collate import IGNORED, buckets, collate, lengths
 from gainlora.errors import GainLoRAError
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.covariance import gate_covariances, layer_covariances, routing_sums
@@ -42,9 +40,8 @@ class Examples:
         count = min(len(rows), config.subspace.max_examples or len(rows))
         # a random subset: a file may be sorted by label
         rows = rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
-        lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
         self.rows, self.model, self.pad_id = rows, model, pad_id
-        self.order = buckets(lengths, PASS_BATCH)
+        self.order = buckets(lengths(rows), PASS_BATCH)
 
     def batches(self, description: str, single: bool = False) -> Iterator[dict[str, Tensor]]:
         """This process's share of one pass; `single`: the entire pass, one example per batch."""

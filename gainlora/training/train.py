@@ -1,7 +1,5 @@
 """Learning one task: the loop over its examples."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from gainlora import distributed
 from gainlora.config import RunConfig
-from gainlora.data.collate import collate, epoch_batches
+from gainlora.data.collate import chunks, collate, epoch_batches, lengths
 from gainlora.errors import GainLoRAError
 from gainlora.model.base import to_device
 from gainlora.model.modeling import GainLoRAModel
@@ -76,7 +74,7 @@ def train_task(
     name: str,
     pad_id: int,
     checkpoints: Checkpoints,
-    validation: Validation,
+    validation: "Validation",
     callback: Callback = Callback(),  # noqa: B008  does nothing and holds nothing
 ) -> Records:
     """Train the started branch (and gate) on one task, resuming from its latest checkpoint, if any.
@@ -209,7 +207,7 @@ def _added(model: GainLoRAModel, examples: list[dict[str, Any]], size: int, pad_
     share = min(size, math.ceil(len(examples) / distributed.count()))
     measured = torch.zeros(2, device=model.device)
     try:
-        for micro, counts in distributed.split(_split(examples, share)):
+        for micro, counts in distributed.split(chunks(examples, share)):
             batch = collate(micro, pad_id, model.encoder_decoder, targets=True)
             part = target_loss(model, batch, model.encoder_decoder) / tokens * counts
             with model.base_products():
@@ -247,8 +245,7 @@ def _try_longest(model: GainLoRAModel, rows: Any, size: int, pad_id: int) -> int
     """On GPUs, the micro-batch size for which each has memory at the longest examples: found now, not after hours."""
     if model.device.type != "cuda":
         return size
-    lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    order = sorted(range(len(rows)), key=lengths(rows).__getitem__)
     random = random_states()
     while True:
         longest = [rows[i] for i in order[-size * distributed.count() :]]
@@ -268,7 +265,3 @@ def _add_penalties(penalties: Sequence[Callable[[], Tensor]], weight: float, lik
         part.backward()
         total += part.detach().to(total.device)
     return total
-
-
-def _split(examples: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
-    return [examples[i : i + size] for i in range(0, len(examples), size)]

@@ -4,8 +4,6 @@ at the end of each epoch and at least 4 times per task: loss and score -> valida
 keep: best   highest score, ties by lower loss, then the earlier one; its parameters are restored at the end
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from gainlora import distributed
 from gainlora.config import RunConfig
-from gainlora.data.collate import buckets, collate
+from gainlora.data.collate import buckets, collate, lengths
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.training.checkpoint import Records, random_states, set_random_states
-from gainlora.training.evaluate import evaluate_task
+from gainlora.training.evaluate import evaluate_task, mean_score
 from gainlora.training.steps import PASS_BATCH
 from gainlora.training.train import target_loss
 
@@ -106,8 +104,7 @@ class Validation:
         self.model.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.model.device), 0
         for rows in self.rows.values():
-            lengths = [len(p) + len(t) for p, t in zip(rows["prompt_ids"], rows["target_ids"], strict=True)]
-            for batch, counts in distributed.split(buckets(lengths, PASS_BATCH)):
+            for batch, counts in distributed.split(buckets(lengths(rows), PASS_BATCH)):
                 examples = [rows[i] for i in batch]
                 tensors = collate(examples, self.tokenizer.pad_token_id, self.model.encoder_decoder, targets=True)
                 part = target_loss(self.model, tensors, self.model.encoder_decoder)
@@ -123,5 +120,5 @@ class Validation:
         for name, rows in self.rows.items():
             what, keep = f"{name}, held out", self.keep_punctuation[name]
             answers = evaluate_task(self.model, self.tokenizer, rows, metric, self.config, what, keep)
-            scores.append(sum(p.score for p in answers) / len(answers))
+            scores.append(mean_score(answers))
         return sum(scores) / len(scores)

