@@ -1,14 +1,10 @@
 """A copy of the project as a newcomer finds it after `gainlora fetch embedded`, with a tiny model and tiny tasks in
 place of the real ones, so that the documentation's commands run in it to the letter within seconds."""
 
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +14,7 @@ import torch
 import yaml
 
 from tests.pages import PAGES, ROOT
+from tests.servers import answering, clean_environment, free_port
 from tests.tiny import LABELS, tiny_llama, tiny_tasks, tiny_tokenizer
 
 TINY = {
@@ -32,7 +29,6 @@ TINY = {
 """Laid over the copy's params.yaml."""
 FIRST = ("make serve", "make run", "make compare")
 PORTS = ("4200", "5000", "5001")
-BIN = Path(sys.executable).parent
 
 
 def make_project(folder: Path) -> Path:
@@ -77,7 +73,7 @@ def tiny_model(folder: Path) -> None:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+def served(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """A project with its Prefect server after the first runs.
 
     Yields:
@@ -95,12 +91,6 @@ def served(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
         shell.close()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Shell:
     """One bash in the project's folder, as a reader has it open: variables and the environment stay.
 
@@ -108,17 +98,13 @@ class Shell:
         ports: free ports by the ones that the pages name.
     """
 
-    def __init__(self, folder: Path, ports: dict[str, int] | None = None) -> None:
+    def __init__(self, folder: Path, ports: dict[str, str] | None = None) -> None:
         self.folder, self.ports = folder, ports or {}
-        ours = ("PREFECT_", "MLFLOW_", "DVC_")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONPATH": str(folder),
-            "UI_PORT": str(self.ports.get("5000", 5000)),
-            "PREFECT_PORT": str(self.ports.get("4200", 4200)),
-        }
+        environment = clean_environment(
+            PYTHONPATH=str(folder), UI_PORT=self.ports.get("5000", "5000"), PREFECT_PORT=self.ports.get("4200", "4200")
+        )
         self.bash = subprocess.Popen(
-            ["bash"], cwd=folder, env=self.environment, text=True, bufsize=1,
+            ["bash"], cwd=folder, env=environment, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -142,18 +128,11 @@ class Shell:
         """A command that serves until Ctrl-C, as in another terminal; returns when the address answers."""
         log = self.folder / "served.log"
         self(f"( {command} ) > {log} 2>&1 &")
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            try:
-                urllib.request.urlopen(self.here(url), timeout=5)
-                return
-            except OSError:
-                time.sleep(0.3)
-        raise AssertionError(f"{command}: nothing answers at {self.here(url)}\n{log.read_text()}")
+        answering(self.here(url), log=log)
 
     def here(self, text: str) -> str:
         """The text with the pages' ports replaced."""
-        return re.sub(r"(?<!\d)\d{4}(?!\d)", lambda m: str(self.ports.get(m[0], m[0])), text)
+        return re.sub(r"(?<!\d)\d{4}(?!\d)", lambda m: self.ports.get(m[0], m[0]), text)
 
     def close(self) -> None:
         """End the shell and all that it started in the background."""

@@ -5,17 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gainlora import ContinualLearner
 from gainlora.config import load_config
 from gainlora.data.tasks import read_task
 from gainlora.runs.run import Run
-from tests.tiny import tiny_llama, tiny_params, tiny_t5
-
-STATE = ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors", "rule.safetensors")
+from tests.tiny import tiny_llama, tiny_params, tiny_t5, tiny_tokenizer
 
 
-def project(root: Path, kind: str = "llama", **options: Any) -> Path:
-    """A folder with a tiny base model, three tiny tasks and params.yaml."""
-    (tiny_t5 if kind == "t5" else tiny_llama)(root / "base")
+def project(root: Path, kind: str = "llama", dropout: float = 0.1, **options: Any) -> Path:
+    """A folder with a tiny base model (dropout: T5's), three tiny tasks and params.yaml."""
+    tiny_t5(root / "base", dropout_rate=dropout) if kind == "t5" else tiny_llama(root / "base")
     tiny_params(root, root / "base", **options)
     return root
 
@@ -60,9 +59,9 @@ def state(run: Run) -> list[dict[str, bytes]]:
     return [tensors(run.task_folder(t)) for t in range(1, len(run.steps) + 1)]
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """train.jsonl without the seconds."""
-    lines = (folder / "train.jsonl").read_text().splitlines()
+def records(folder: Path, name: str = "train") -> list[dict[str, Any]]:
+    """train.jsonl, or another, without the seconds."""
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
@@ -90,3 +89,14 @@ def prompt(run: Path, task: str, example: int = 0) -> str:
     """A test example of a run's task, as the model is asked it."""
     read = read_task(run.parent.parent / "data" / "tiny" / task, "long_sequence", "exact_match")
     return read.prompt(read.test[example])
+
+
+def learner(model: Any = None, **options: Any) -> ContinualLearner:
+    """A learner in memory, of a tiny Llama or another model and its tokenizer."""
+    small = {"rank": 2, "alpha": 4, "hidden": 6, "learning_rate": 0.03, "max_target_tokens": 4, "min_steps": None}
+    return ContinualLearner(model or (tiny_llama(), tiny_tokenizer()), callbacks=[], **{**small, **options})
+
+
+def rows(first: int, count: int = 20) -> list[dict[str, str]]:
+    """Examples of a task in memory; others with another first word."""
+    return [{"text": f"w{first + n % 7} w{n}", "label": ("red", "green")[n % 7 % 2]} for n in range(count)]

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -163,6 +164,7 @@ def learn(folder: Path, family: str, options: Mapping[str, Any]) -> Iterator[Lea
     for name, value in options.items():
         *section, option = name.split(".")
         (config.setdefault(section[0], {}) if section else config)[option] = value
+    shutil.rmtree(folder / "runs", ignore_errors=True)  # else what changes no numbers would find a finished run
     with Run.create(RunConfig.model_validate(config), folder) as run:
         run.learn()
     for t in range(1, len(run.steps) + 1):

@@ -13,8 +13,9 @@ import pytest
 import typer
 
 from gainlora.cli import app
-from tests.newcomer import BIN, FIRST, Shell
+from tests.newcomer import FIRST, Shell
 from tests.pages import PAGES, ROOT, blocks, commands
+from tests.servers import BIN
 
 NOT_RUN = {
     r"make test": "it is what runs this",

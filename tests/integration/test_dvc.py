@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from gainlora.data.sources import fetch_model
 from gainlora.io import lasting_root
 from gainlora.tracking.store import tracking_uri
 from tests.newcomer import make_project
+from tests.servers import BIN, Commands
 from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -30,16 +30,8 @@ STAND_INS = {
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
     """A copy of the pipeline in a git repository; `gainlora` and `python` note their calls."""
-    for name in (
-        "dvc.yaml",
-        ".dvc/plots/heatmap.json",
-        "paper/dvc.yaml",
-        "paper/.dvc/config",
-        "params.yaml",
-        ".dvcignore",
-        ".dvc/config",
-        ".gitignore",
-    ):
+    ours = ("dvc.yaml", "paper/dvc.yaml", "params.yaml", ".dvcignore", ".gitignore")
+    for name in (*ours, ".dvc/config", "paper/.dvc/config", ".dvc/plots/heatmap.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("pins.json", "data/embedded.py", "data/sources.py", "data/text.py", "model/gate.py"):
@@ -52,18 +44,12 @@ def pipeline(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
-    monkeypatch.delenv("DVC_STAGE", raising=False)
     return tmp_path
 
 
 def dvc(*arguments, code=0):
     """Run `dvc`; its output."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("dvc"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    return Commands(Path.cwd(), PATH=os.environ["PATH"])(BIN / "dvc", *arguments, code=code)
 
 
 def ran(*stages, folder=".", code=0):
@@ -114,22 +100,7 @@ def test_only_what_decides_numbers_runs_the_order_again(pipeline):
 def project(tmp_path_factory):
     """The project as a newcomer has it, with a tiny model and data, and an environment without Prefect's server."""
     folder = make_project(tmp_path_factory.mktemp("dvc") / "50% 100%2F done?")
-    ours = ("PREFECT_", "MLFLOW_", "DVC_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    environment |= {"PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-    def run(*command, code=0, during=None):
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        if during:
-            during(process)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == code, output
-        return output
-
-    run.folder = folder
-    return run
+    return Commands(folder, PYTHONPATH=str(folder))
 
 
 def test_a_project_from_its_first_run_on(project, monkeypatch):
@@ -153,15 +124,13 @@ def test_a_project_from_its_first_run_on(project, monkeypatch):
 
     set_param("seed", value=8)
 
-    def edit(process):
-        while not list(Path("runs").glob("*-8-*/task_01_*")):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        set_param("seed", value=9)
-        file = next(Path("data/embedded").glob("*/test.json"))
-        file.write_text(file.read_text() + "\n")
-
-    output = project("dvc", "repro", code=255, during=edit)
+    process = project.start("dvc", "repro")
+    project.wait_for("runs/*-8-*/task_01_*", process)
+    set_param("seed", value=9)
+    file = next(Path("data/embedded").glob("*/test.json"))
+    file.write_text(file.read_text() + "\n")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 255, output
     assert "params.yaml, data/embedded: changed while embedded was learned, so the result is not published" in output
     assert not metrics.exists() or json.loads(metrics.read_text()) == second
     assert "embedded" in project("dvc", "status", "embedded")

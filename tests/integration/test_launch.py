@@ -1,7 +1,6 @@
 """Two processes on the CPU (gloo, float32) learn what one learns; what goes wrong in one ends both, and they go on."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -10,13 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gainlora.config import load_config
 from gainlora.errors import GainLoRAError, RetryableError
 from gainlora.io import lock
 from gainlora.launch import HERE, launch
 from gainlora.runs.run import Run
-from tests.runs import learn
-from tests.tiny import tiny_llama, tiny_params, tiny_t5
+from tests.runs import config_of, copy_of, learn, project, records, tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -24,32 +21,18 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 FSDP = ["--config_file", str(ROOT / "configs" / "fsdp.yaml")]
 SIZES = {"lora__rank": 4, "lora__alpha": 16, "evaluate__batch_size": 3, "data__train_limit": 23}
-OPTIONS = {"train__epochs": 4, "train__batch_size": 6, **SIZES}
-"""23 examples: 4 batches of which the last has 5, for two; 8 test examples in 3 batches."""
-STATE = ("adapter_model", "gate", "subspace")
+OPTIONS = {"count": 2, "train__epochs": 4, "train__batch_size": 6, **SIZES}
+"""Two tasks of 23 examples: 4 batches of which the last has 5, for two; 8 test examples in 3 batches."""
 
 
-def project(root: Path, kind: str, dropout: float = 0.0, **options) -> Path:
-    if kind == "t5":
-        tiny_t5(root / "base", dropout_rate=dropout)
-    else:
-        tiny_llama(root / "base")
-    tiny_params(root, root / "base", count=2, **{**OPTIONS, **options})
-    return root
-
-
-def new_run(root: Path, **overrides) -> Path:
-    with Run.create(load_config("tiny", overrides, root / "params.yaml"), root, load=False) as made:
+def new_run(root: Path) -> Path:
+    with Run.create(config_of(root), root, load=False) as made:
         return made.folder
 
 
 def run(*command: str) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
 def learning(process: subprocess.Popen, folder: Path, pattern: str) -> list[psutil.Process]:
@@ -65,8 +48,8 @@ def alone(tmp_path_factory):
     """Kind of model -> the run that one process learned; with an input memory, or a penalty."""
     learned = {}
     for kind, method, rate in (("llama", "gainlora-inflora", 0.02), ("t5", "gainlora-olora", 0.005)):
-        root = project(tmp_path_factory.mktemp(kind), kind, method=method, train__learning_rate=rate)
-        learned[kind] = learn(root)
+        root = tmp_path_factory.mktemp(kind)
+        learned[kind] = learn(project(root, kind, 0.0, method=method, train__learning_rate=rate, **OPTIONS))
     return learned
 
 
@@ -74,8 +57,7 @@ def alone(tmp_path_factory):
 def test_two_processes_learn_what_one_learns(alone, tmp_path, how):
     folders = []
     for kind, stream in alone.items():
-        shutil.copytree(stream.root, tmp_path / kind, ignore=shutil.ignore_patterns("runs"))
-        folders.append(new_run(tmp_path / kind))
+        folders.append(new_run(copy_of(stream.root, tmp_path / kind)))
     run(*LAUNCH, *how, "-m", "tests.launched", *map(str, folders))
     for folder, expected in zip(folders, alone.values(), strict=True):
         seen = json.loads((folder / "seen.json").read_text())
@@ -97,11 +79,8 @@ def test_two_processes_learn_what_one_learns(alone, tmp_path, how):
 
 def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
     """SIGKILL for the launcher alone. T5's dropout draws other random numbers in each process."""
-    options = {"dropout": 0.1, "train__checkpoint_every": 2, "train__epochs": 12}
-    roots = [project(tmp_path / name, "t5", **options) for name in ("whole", "killed")]
-    shutil.rmtree(roots[1] / "base")
-    shutil.copy(roots[0] / "params.yaml", roots[1])
-    whole, killed = (new_run(root) for root in roots)
+    root = project(tmp_path / "whole", "t5", **{**OPTIONS, "train__checkpoint_every": 2, "train__epochs": 12})
+    whole, killed = (new_run(place) for place in (root, copy_of(root, tmp_path / "killed")))
     command = [*LAUNCH, *HERE, "-m", "gainlora.launch"]
     run(*command, str(whole))
     assert (whole / "result.json").exists()
@@ -117,14 +96,11 @@ def test_killed_in_training_they_go_on_to_the_same_end(tmp_path):
     run(*command, str(killed))
     for t in (1, 2):
         one, two = (folder / f"task_{t:02d}_task{t}" for folder in (whole, killed))
-        assert all(
-            (one / f"{name}.safetensors").read_bytes() == (two / f"{name}.safetensors").read_bytes() for name in STATE
-        )
-        assert [r["loss"] for r in records(one)] == [r["loss"] for r in records(two)]
+        assert tensors(one) == tensors(two) and records(one) == records(two)
 
 
 def test_what_fails_in_one_process_is_the_one_error(tmp_path):
-    folder = new_run(project(tmp_path, "llama"))
+    folder = new_run(project(tmp_path, **OPTIONS))
     with lock(folder / ".lock", "this run"), pytest.raises(RetryableError, match="this run is in progress already"):
         launch(folder, 1, 2)  # the first process alone asks for it; the second waits for the first
     config = tmp_path / "launch.yaml"
@@ -135,7 +111,7 @@ def test_what_fails_in_one_process_is_the_one_error(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_other(tmp_path):
-    folder = new_run(project(tmp_path, "llama", train__epochs=500))
+    folder = new_run(project(tmp_path, **{**OPTIONS, "train__epochs": 500}))
     code = "import sys; from pathlib import Path; from gainlora.launch import launch; launch(Path(sys.argv[1]), 1, 2)"
     command = [sys.executable, "-c", code, folder]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -2,21 +2,19 @@
 
 import contextlib
 import http.client
-import json
 import os
 import signal
 import sqlite3
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 
-from tests.integration.conftest import ROOT, Project, answering, free_port
+from tests.integration.conftest import ANY, ROOT, Project
+from tests.servers import JSON, answering, free_port, post
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -35,7 +33,7 @@ class Server:
             env=self.environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        answering(f"http://127.0.0.1:{self.port}", "/health", self.process)
+        answering(f"http://127.0.0.1:{self.port}/health", self.process)
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -55,13 +53,7 @@ class Server:
 @pytest.fixture
 def project(tmp_path, model):
     (tmp_path / "project").mkdir()
-    return Project(
-        tmp_path / "project",
-        model,
-        promote__max_forgetting=None,
-        promote__min_gain=None,
-        promote__max_general_loss=None,
-    )
+    return Project(tmp_path / "project", model, **ANY)
 
 
 @pytest.fixture
@@ -166,14 +158,6 @@ SENDERS = {
 """Header of a request -> what the server answers."""
 
 
-def post(address, body, headers):
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=30) as reply:
-            return reply.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def test_make_ui_answers_this_machine_only(project):
     """The command of the Makefile itself. A refused change is not made."""
     (project.folder / "mlruns").mkdir()
@@ -185,10 +169,9 @@ def test_make_ui_answers_this_machine_only(project):
     try:
         codes = {}
         for name, value in SENDERS:
-            body = json.dumps({"name": value}).encode()
-            headers = {"Content-Type": "application/json", name: value.replace("PORT", server.port)}
+            headers = {**JSON, name: value.replace("PORT", server.port)}
             address = f"http://127.0.0.1:{server.port}/api/2.0/mlflow/experiments/create"
-            codes[name, value] = post(address, body, headers)
+            codes[name, value], _ = post(address, {"name": value}, headers)
         assert codes == SENDERS
         made = {name for (name,) in server.query("select name from experiments")}
         assert made == {"Default", *(value for (_, value), code in SENDERS.items() if code == 200)}

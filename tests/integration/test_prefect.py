@@ -6,14 +6,13 @@ import shutil
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 
 import psutil
 import pytest
 
 from gainlora import rules
 from tests.integration.conftest import CONTINUAL, SERVE, Project
+from tests.servers import JSON, post
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("prefect")]
 
@@ -88,17 +87,8 @@ def test_bad_input_fails_a_run_at_once_with_its_one_message(served):
     ],
 )
 def test_the_server_answers_this_machine_only(served, headers, code):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{served.port}/api/flows/filter",
-        data=b"{}",
-        headers={name: value.replace("PORT", served.port) for name, value in headers.items()},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            found = reply.status
-    except urllib.error.HTTPError as error:
-        found = error.code
-    assert found == code
+    given = {name: value.replace("PORT", served.port) for name, value in headers.items()}
+    assert post(f"http://127.0.0.1:{served.port}/api/flows/filter", {}, {**JSON, **given})[0] == code
     listening = psutil.Process(served.processes()["server"])
     assert {c.laddr.ip for c in listening.net_connections() if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 

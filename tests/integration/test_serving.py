@@ -1,13 +1,7 @@
 """A finished run in MLflow's registry, served by `mlflow models serve` and asked over HTTP."""
 
-import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,8 +14,8 @@ from gainlora.sections import ReportConfig, TrackingConfig
 from gainlora.tracking import mlflow as tracked
 from gainlora.tracking.registry import register
 from gainlora.tracking.store import tracking_uri
-from tests.integration.conftest import answering, free_port
 from tests.runs import learn, project, prompt
+from tests.servers import post, serving
 
 TRACKING = TrackingConfig(experiment="tiny")
 REPORT = ReportConfig(decimals=1, dpi=50)
@@ -109,40 +103,17 @@ def test_what_cannot_be_registered(run, uri, version, capsys, monkeypatch, tmp_p
 # -- over HTTP -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def served(model, uri, log):
-    """`mlflow models serve`; the address."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", port],
-            env=environment, stdout=output, stderr=output, start_new_session=True, cwd=log.parent,
-        )  # fmt: skip
-        try:
-            yield answering(f"http://127.0.0.1:{port}", "/ping", server, log)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, 15)
-            server.wait(30)
-
-
-def ask(address, body, kind="application/json"):
-    """Status and content of POST /invocations."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}/invocations", content, {"Content-Type": kind})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return reply.status, json.loads(reply.read())
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
 @pytest.fixture(scope="module")
 def address(uri, version, tmp_path_factory):
-    with served("models:/gainlora-tiny/1", uri, tmp_path_factory.mktemp("server") / "log") as address:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving("models:/gainlora-tiny/1", log, MLFLOW_TRACKING_URI=uri, MLFLOW_DISABLE_TELEMETRY="true") as address:
         yield address
+
+
+def ask(address, body):
+    """Status and answers, or what is said."""
+    status, content = post(f"{address}/invocations", body)
+    return status, json.loads(content) if status == 200 else content
 
 
 BAD = [
@@ -210,7 +181,7 @@ def test_another_base_model_is_not_served(run, uri, version, tmp_path):
     try:
         with (
             pytest.raises(AssertionError, match="not the base model that this adapter was learned on"),
-            served("models:/gainlora-tiny/1", uri, tmp_path / "log"),
+            serving("models:/gainlora-tiny/1", tmp_path / "log", MLFLOW_TRACKING_URI=uri),
         ):
             pass
     finally:

@@ -1,6 +1,5 @@
 """Sharing the work of a step: among micro-batches, among processes (tests/integration), with other dtypes and hooks."""
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -12,17 +11,12 @@ from gainlora import distributed
 from gainlora.__main__ import main
 from gainlora.errors import GainLoRAError
 from gainlora.runs import loading
-from tests.runs import copy_of, create, learn
-from tests.tiny import tiny_llama, tiny_params, tiny_t5
-
-KINDS = {"llama": tiny_llama, "t5": lambda folder: tiny_t5(folder, dropout_rate=0.0)}
+from tests.runs import copy_of, create, learn, project, records, tensors
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["llama", "t5"])
 def root(request, tmp_path):
-    KINDS[request.param](tmp_path / "base")
-    tiny_params(tmp_path, tmp_path / "base", count=1)
-    return tmp_path
+    return project(tmp_path, request.param, 0.0, count=1)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -81,16 +75,14 @@ def test_a_base_in_bfloat16_trains(root):
     with create(root, model__dtype="bfloat16", **method, **options) as run:
         run.seal(1)
         assert run._learner.model.base.dtype == torch.bfloat16
-    lines = (run.task_folder(1) / "train.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [record["loss"] for record in records(run.task_folder(1))]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
 def test_a_base_that_accelerate_dispatched_learns_the_same(root, tmp_path_factory, monkeypatch):
     """Its hooks bring inputs to each layer's device; here that is the CPU for all, so every bit is the same."""
     expected = learn(root, model__device_map="auto").task_folder(1)
-    again = tmp_path_factory.mktemp("again")
-    again = copy_of(root, again / "copy")
+    again = copy_of(root, tmp_path_factory.mktemp("again") / "copy")
     load, dispatched = loading.load_base, []
 
     def load_base(*arguments):
@@ -102,8 +94,7 @@ def test_a_base_that_accelerate_dispatched_learns_the_same(root, tmp_path_factor
     monkeypatch.setattr(loading, "load_base", load_base)
     learned = learn(again, model__device_map="auto").task_folder(1)
     assert any(hasattr(module, "_hf_hook") for module in dispatched[0].modules())
-    for name in ("adapter_model", "gate", "subspace"):
-        assert (learned / f"{name}.safetensors").read_bytes() == (expected / f"{name}.safetensors").read_bytes()
+    assert tensors(learned) == tensors(expected)
 
 
 def test_a_run_folder_for_processes_started_by_hand(root, monkeypatch, capsys):

@@ -10,19 +10,12 @@ import torch.nn.functional as F
 from gainlora import ContinualLearner, Task
 from gainlora.runs.records import read_step, train_records
 from gainlora.training.general import general_ability, sentences
-from tests.runs import create, learn, project, state
+from tests.runs import create, learn, learner, project, rows, state
 from tests.tiny import tiny_llama, tiny_t5, tiny_tokenizer
-
-OPTIONS = {"rank": 2, "alpha": 4, "hidden": 6, "learning_rate": 0.03, "max_target_tokens": 4, "min_steps": None}
 
 
 def task(name: str, first: int) -> Task:
-    rows = [{"text": f"w{first + n % 7} w{n}", "label": ("red", "green")[n % 7 % 2]} for n in range(20)]
-    return Task(name, rows, rows, "Sort")
-
-
-def learner(base: torch.nn.Module, **options: object) -> ContinualLearner:
-    return ContinualLearner((base, tiny_tokenizer()), callbacks=[], **{**OPTIONS, **options})
+    return Task(name, rows(first), rows(first), "Sort")
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def losses_one_by_one(base: torch.nn.Module, tokenizer: object) -> float:
 @pytest.mark.parametrize("made", [tiny_llama, tiny_t5])
 def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made) -> None:
     alone = losses_one_by_one(made().eval(), tiny_tokenizer())
-    mine = learner(made())
+    mine = learner((made(), tiny_tokenizer()))
     new = general_ability(mine.model, mine.tokenizer)
     assert new["loss"] == new["base_loss"] == pytest.approx(alone, rel=1e-5) and new["kl"] == pytest.approx(0, abs=1e-9)
     mine.learn(task("one", 0))
@@ -57,7 +50,7 @@ def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made) ->
 
 
 def test_a_task_is_also_answered_before_it_is_learned() -> None:
-    mine, second = learner(tiny_llama()), task("two", 30)
+    mine, second = learner(), task("two", 30)
     mine.learn(task("one", 0))
     before = mine.evaluate([second])["two"]
     with mine.model.branches_off():
@@ -72,7 +65,7 @@ def test_a_task_is_also_answered_before_it_is_learned() -> None:
 
 
 def test_a_method_that_needs_the_task_has_no_forward_transfer() -> None:
-    mine = learner(tiny_llama(), method="single")
+    mine = learner(method="single")
     mine.learn(task("one", 0))
     mine.learn(task("two", 30))
     row = mine.history[1]["scores"]
@@ -95,7 +88,7 @@ def test_replay_trains_on_a_share_of_every_earlier_task_and_survives_a_restart(t
 
 
 def test_replay_in_memory_goes_on_after_loading(tmp_path: Path) -> None:
-    mine = learner(tiny_llama(), replay=0.2)
+    mine = learner(replay=0.2)
     mine.learn(task("one", 0))
     mine.save(tmp_path / "adapter")
     loaded = ContinualLearner.load(tmp_path / "adapter", (tiny_llama(), tiny_tokenizer()), callbacks=[])

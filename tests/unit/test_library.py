@@ -14,19 +14,10 @@ from gainlora.cli import app
 from gainlora.config import RunConfig
 from gainlora.export.saved import open_saved
 from gainlora.inference import Predictor, make_prompt
-from tests.runs import learn, project, tensors
+from tests.runs import learn, learner, project, rows, tensors
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"rank": 2, "alpha": 4, "hidden": 6, "learning_rate": 0.01, "max_target_tokens": 4, "min_steps": None}
-
-
-def rows(first: int, count: int = 20) -> list[dict[str, str]]:
-    return [{"text": f"w{first + n % 7} w{n}", "label": ("red", "green")[n % 7 % 2]} for n in range(count)]
-
-
-def learner(**options) -> ContinualLearner:
-    return ContinualLearner((tiny_llama(), tiny_tokenizer()), callbacks=[], **{**OPTIONS, **options})
 
 
 def test_the_example_runs_anywhere_and_leaves_no_file(tmp_path):
@@ -75,7 +66,7 @@ def test_a_saved_learner_goes_on_where_it_stood(tmp_path):
 def test_a_saved_learner_is_a_released_adapter(tmp_path):
     base = tmp_path / "base"
     tiny_llama(base)
-    mine = ContinualLearner(base, callbacks=[], **OPTIONS)
+    mine = learner(base)
     for name, first in (("task1", 0), ("task2", 30)):
         mine.learn(Task(name, rows(first), rows(first), "Sort"))
     mine.save(tmp_path / "adapter")
@@ -152,9 +143,9 @@ def test_what_cannot_be_learned_changes_nothing(tmp_path):
 
 def test_a_base_model_serves_one_learner():
     base = (tiny_llama(), tiny_tokenizer())
-    ContinualLearner(base, callbacks=[], **OPTIONS)
+    learner(base)
     with pytest.raises(GainLoRAError, match="holds the branches of another learner; load it anew"):
-        ContinualLearner(base, callbacks=[], **OPTIONS)
+        learner(base)
 
 
 def test_several_instructions_need_the_task_s_name():

@@ -9,10 +9,8 @@ from gainlora import ContinualLearner, GainLoRAError, Task
 from gainlora.config import RunConfig
 from gainlora.data.collate import collate
 from gainlora.model.router import RIDGE, Router
-from tests.runs import create, learn, project, state
+from tests.runs import create, learn, learner, project, state
 from tests.tiny import tiny_llama, tiny_t5, tiny_tokenizer
-
-OPTIONS = {"rank": 2, "alpha": 4, "learning_rate": 0.03, "max_target_tokens": 4, "min_steps": None}
 
 
 def task(name: str, word: str) -> Task:
@@ -38,7 +36,7 @@ def test_sums_solve_what_all_prompts_together_solve() -> None:
 
 @pytest.mark.parametrize("made", [tiny_llama, tiny_t5])
 def test_each_prompt_gets_the_branch_of_its_own_task(made, tmp_path: Path) -> None:
-    mine = ContinualLearner((made(), tiny_tokenizer()), callbacks=[], method="routed-inclora", **OPTIONS)
+    mine = learner((made(), tiny_tokenizer()), method="routed-inclora")
     for name, word in (("one", "w10"), ("two", "w20"), ("three", "w30")):
         mine.learn(task(name, word))
     row = mine.history[-1]["scores"]
@@ -53,7 +51,7 @@ def test_each_prompt_gets_the_branch_of_its_own_task(made, tmp_path: Path) -> No
 
 
 def test_features_are_those_of_the_base_and_of_the_prompt_alone() -> None:
-    mine = ContinualLearner((tiny_llama(), tiny_tokenizer()), callbacks=[], method="routed-inclora", **OPTIONS)
+    mine = learner(method="routed-inclora")
 
     def features(ids: list[list[int]], **answers: list[list[int]]) -> torch.Tensor:
         answers = answers.get("targets", [[] for _ in ids])

@@ -7,41 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from gainlora.config import load_config
 from gainlora.data.tasks import DEV, hold_out, limited, read_task
 from gainlora.data.validation import split_off
 from gainlora.errors import GainLoRAError, format_error
-from gainlora.runs.run import Run
 from gainlora.sections import DataConfig
 from gainlora.training import validation
 from gainlora.training.checkpoint import Checkpoints
 from gainlora.training.evaluate import Prediction
-from tests.tiny import tiny_llama, tiny_params, tiny_t5
-
-STATE = ("adapter_model", "gate", "subspace")
-
-
-def project(root: Path, kind: str = "llama", **options) -> Path:
-    (tiny_t5 if kind == "t5" else tiny_llama)(root / "base")
-    tiny_params(root, root / "base", count=2, train__learning_rate=0.05, train__epochs=2, **options)
-    return root
+from tests.runs import copy_of, learn, project, records, state, tensors
+from tests.tiny import tiny_params
 
 
-def learn(root: Path, base: Path, **options) -> Run:
-    overrides = {name.replace("__", "."): value for name, value in options.items()}
-    config = load_config("tiny", {"model.name": str(base), **overrides}, root / "params.yaml")
-    with Run.create(config, root) as run:
-        run.learn()
-    return run
-
-
-def state(stream: Run, t: int = 2) -> dict[str, bytes]:
-    return {n: (stream.task_folder(t) / f"{n}.safetensors").read_bytes() for n in STATE}
-
-
-def lines(stream: Run, t: int, name: str = "validation") -> list[dict]:
-    rows = [json.loads(line) for line in (stream.task_folder(t) / f"{name}.jsonl").read_text().splitlines()]
-    return [{**row, "seconds": 0} for row in rows]
+def validated(run, t: int) -> list[dict]:
+    return records(run.task_folder(t), "validation")
 
 
 def rewrite(file: Path, change) -> None:
@@ -56,51 +34,57 @@ def with_dev(root: Path) -> None:
         rewrite(file, lambda n, i: {**i, "input": f"{i['input']} w{n % 60} w1"})
 
 
+OPTIONS = {"count": 2, "train__learning_rate": 0.05, "train__epochs": 2}
+
+
 @pytest.fixture(scope="module", params=["llama", "t5"])
 def root(request, tmp_path_factory):
-    return project(tmp_path_factory.mktemp(request.param), request.param)
+    return project(tmp_path_factory.mktemp(request.param), request.param, **OPTIONS)
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return copy_of(root, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("held_out", [0.25, "dev"])
 def test_no_test_example_decides_what_is_learned(root, tmp_path, held_out):
     """Every test file replaced: the same tensors and curves, other scores."""
-    one, other = (shutil.copytree(root, tmp_path / name, ignore=shutil.ignore_patterns("runs")) for name in "ab")
+    one, other = (copy_of(root, tmp_path / name) for name in "ab")
     for copy in (one, other):
         with_dev(copy)
     for file in other.glob("data/tiny/*/test.json"):
         rewrite(file, lambda n, i: {"input": f"w{n} w59 w58", "output": ["off", "w7"]})
     options = {"data__validation": held_out, "train__keep": "best", "data__references": "sampled"}
-    first = learn(one, root / "base", **options)
-    second = learn(other, root / "base", **options)
+    first = learn(one, **options)
+    second = learn(other, **options)
     assert state(first) == state(second)
-    assert all(lines(first, t) == lines(second, t) for t in (1, 2))
+    assert all(validated(first, t) == validated(second, t) for t in (1, 2))
     asked = [(s.task_folder(2) / "predictions" / "task1.jsonl").read_text() for s in (first, second)]
     assert asked[0] != asked[1]
 
 
-def test_validation_changes_nothing_but_what_is_kept(root, tmp_path):
+def test_validation_changes_nothing_but_what_is_kept(copy):
     """Random numbers (T5's dropout), modes and coefficients are as without it."""
-    copy = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     with_dev(copy)
-    plain = learn(copy, root / "base")
-    watched = learn(copy, root / "base", data__validation="dev")
-    assert state(plain) == state(watched) and lines(plain, 2, "train") == lines(watched, 2, "train")
-    assert [row["step"] for row in lines(watched, 1)] == [2, 3, 5, 6]  # 2 epochs of 3 steps
+    plain = learn(copy)
+    watched = learn(copy, data__validation="dev")
+    assert state(plain) == state(watched) and records(plain.task_folder(2)) == records(watched.task_folder(2))
+    assert [row["step"] for row in validated(watched, 1)] == [2, 3, 5, 6]  # 2 epochs of 3 steps
     assert not (plain.task_folder(1) / "validation.jsonl").exists()
 
 
-def test_the_best_state_is_kept_and_survives_a_stop(root, tmp_path, monkeypatch):
+def test_the_best_state_is_kept_and_survives_a_stop(copy, monkeypatch):
     """Whatever step is the best, bit for bit the state of a run that ends there; a stopped run keeps the same one."""
-    copy = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     options = {"data__validation": 0.25, "train__keep": "best", "train__epochs": 3, "train__checkpoint_every": 1}
     options |= {"train__learning_rate": 0.3, "evaluate__batch_size": 2}
-    whole = learn(copy, root / "base", **options)
+    whole = learn(copy, **options)
     for t in (1, 2):
-        rows = lines(whole, t)
+        rows = validated(whole, t)
         best = max(rows, key=lambda row: (row["score"], -row["loss"]))
         scores = json.loads((whole.task_folder(t) / "scores.json").read_text())
         assert scores["validation"]["step"] == best["step"] == [row for row in rows if row["best"]][-1]["step"]
-    expected = [(state(whole, t), lines(whole, t)) for t in (1, 2)]
+    expected = [(tensors(whole.task_folder(t)), validated(whole, t)) for t in (1, 2)]
     shutil.rmtree(copy / "runs")
     save, stops = Checkpoints.save, []
 
@@ -113,16 +97,15 @@ def test_the_best_state_is_kept_and_survives_a_stop(root, tmp_path, monkeypatch)
     monkeypatch.setattr(Checkpoints, "save", stopping)
     for _ in range(9):
         with suppress(RuntimeError):
-            again = learn(copy, root / "base", **options)
+            again = learn(copy, **options)
     assert len(stops) == 8
-    assert [(state(again, t), lines(again, t)) for t in (1, 2)] == expected
+    assert [(tensors(again.task_folder(t)), validated(again, t)) for t in (1, 2)] == expected
 
 
-def test_a_stop_in_validation_repeats_it(root, tmp_path, monkeypatch):
-    copy = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+def test_a_stop_in_validation_repeats_it(copy, monkeypatch):
     options = {"data__validation": 0.25, "train__keep": "best"}
-    expected = learn(copy, root / "base", **options)
-    told, kept = [lines(expected, t) for t in (1, 2)], state(expected)
+    expected = learn(copy, **options)
+    told, kept = [validated(expected, t) for t in (1, 2)], state(expected)
     shutil.rmtree(copy / "runs")
     evaluate, calls = validation.evaluate_task, []
 
@@ -134,39 +117,37 @@ def test_a_stop_in_validation_repeats_it(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(validation, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        learn(copy, root / "base", **options)
-    again = learn(copy, root / "base", **options)
-    assert [lines(again, t) for t in (1, 2)] == told and state(again) == kept
+        learn(copy, **options)
+    again = learn(copy, **options)
+    assert [validated(again, t) for t in (1, 2)] == told and state(again) == kept
 
 
 @pytest.mark.parametrize("scores, best", [([10, 50, 20, 20], 3), ([10, 50, 50, 50], None), ([0, 0, 0, 0], None)])
-def test_the_kept_state_is_that_of_the_best_step(root, tmp_path, monkeypatch, scores, best):
+def test_the_kept_state_is_that_of_the_best_step(copy, monkeypatch, scores, best):
     """2 epochs of 3 steps; with the best step at the end of the first one, the state of a run of one epoch."""
-    copy = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
-    shorter = learn(copy, root / "base", data__validation=0.25, train__epochs=1)
+    shorter = learn(copy, data__validation=0.25, train__epochs=1)
     given = iter(scores * 2)
     monkeypatch.setattr(validation, "evaluate_task", lambda *_: [Prediction("", [""], next(given), None)])
-    stream = learn(copy, root / "base", data__validation=0.25, train__keep="best")
-    rows = lines(stream, 1)
+    stream = learn(copy, data__validation=0.25, train__keep="best")
+    rows = validated(stream, 1)
     assert [(row["step"], row["score"]) for row in rows] == list(zip((2, 3, 5, 6), scores, strict=True))
     ties = [row for row in rows if row["score"] == max(scores)]
     chosen = json.loads((stream.task_folder(1) / "scores.json").read_text())["validation"]
     assert chosen["step"] == min(ties, key=lambda row: row["loss"])["step"] and best in (None, chosen["step"])
-    assert (state(stream, 1) == state(shorter, 1)) == (chosen["step"] == 3)
+    assert (tensors(stream.task_folder(1)) == tensors(shorter.task_folder(1))) == (chosen["step"] == 3)
 
 
-def test_patience_ends_a_task_that_grows_no_better(root, tmp_path, monkeypatch):
+def test_patience_ends_a_task_that_grows_no_better(copy, monkeypatch):
     """Validations after steps 2, 3, 5 and 6 of 6: the second is the best, so the third ends the task."""
-    copy = shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     given = {"keep": iter([10, 50, 20] * 4), "last": iter([10, 50, 20] * 4)}
     for keep, scores in given.items():
         monkeypatch.setattr(validation, "evaluate_task", lambda *_, s=scores: [Prediction("", [""], next(s), None)])
         options = {"train__keep": "best"} if keep == "keep" else {}
-        stream = learn(copy, root / "base", data__validation=0.25, train__patience=1, **options)
-        assert [[row["step"] for row in lines(stream, t, "train")] for t in (1, 2)] == [[1, 2, 3, 4, 5]] * 2
-        assert [row["score"] for row in lines(stream, 1)] == [10, 50, 20]
+        stream = learn(copy, data__validation=0.25, train__patience=1, **options)
+        assert [[row["step"] for row in records(stream.task_folder(t))] for t in (1, 2)] == [[1, 2, 3, 4, 5]] * 2
+        assert [row["score"] for row in validated(stream, 1)] == [10, 50, 20]
     with pytest.raises(GainLoRAError, match=r"train\.patience: 1 needs validation examples"):
-        learn(copy, root / "base", train__patience=1)
+        learn(copy, train__patience=1)
 
 
 def test_what_is_held_out():
@@ -224,7 +205,7 @@ def test_dev_json(tmp_path):
 
 def test_the_published_protocol_trains_on_the_dev_json_that_was_split_off(tmp_path):
     """As the authors' correction moves a part of the training examples to dev.json."""
-    root = project(tmp_path, protocols__published={})
+    root = project(tmp_path, protocols__published={}, **OPTIONS)
     folder = root / "data" / "tiny" / "task1"
     read, published = read_task(folder, "long_sequence", "exact_match"), DataConfig(protocol="published")
 
@@ -242,7 +223,7 @@ def test_the_published_protocol_trains_on_the_dev_json_that_was_split_off(tmp_pa
     assert trained(DataConfig(protocol="published", validation="dev")) == (24, 8, [])
     assert trained(DataConfig(protocol="published", validation=0.25))[:2] == (24, 8)
     assert trained(DataConfig(protocol="corrected")) == (24, 0, [])
-    stream = learn(root, root / "base", data__protocol="published")
+    stream = learn(root, data__protocol="published")
     assert [stream.recorded[name]["train"] for name in stream.tasks] == [32, 32]
     assert sum("8 instances" in note for note in stream.notices) == 2  # once a task
-    assert [row["step"] for row in lines(stream, 1, "train")] == list(range(1, 9))  # 2 epochs of 32 examples
+    assert [row["step"] for row in records(stream.task_folder(1))] == list(range(1, 9))  # 2 epochs of 32 examples
