@@ -1,20 +1,17 @@
 """One run: R for the terminal and for Markdown, its figures, its part of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from gainlora.errors import printable
 from gainlora.report import plots
 from gainlora.report.page import Page, console_table, markdown_table, number
 from gainlora.runs.records import MEASURES, PHASES, Key, Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.console import RenderableType
 
 
 def matrix_table(results: Sequence[dict[str, Any]], decimals: int) -> RenderableType:
@@ -23,9 +20,6 @@ def matrix_table(results: Sequence[dict[str, Any]], decimals: int) -> Renderable
     Returns:
         A rich renderable.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     if len(results) != 1:
         rows = []
         for result in results:

@@ -6,6 +6,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 from gainlora.progress import shown, terminal
 from gainlora.training.callbacks import Callback
 
@@ -26,18 +28,9 @@ class RunBar(Callback):
     """A bar for the whole run: task k of T, loss, time left by the optimizer steps of all tasks. A context manager."""
 
     def __enter__(self) -> RunBar:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        screen, hidden = terminal(), not shown()
-        self.bar = Progress(
-            *columns, console=screen, transient=True, disable=hidden, redirect_stdout=sys.stdout.isatty()
-        )
+        columns = (BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        look: Any = {"transient": True, "disable": not shown(), "redirect_stdout": sys.stdout.isatty()}
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=terminal(), **look)
         return self
 
     def __exit__(self, *_: object) -> None:
