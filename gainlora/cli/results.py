@@ -1,18 +1,13 @@
 """Commands that show, keep and rank results: runs, report, results, promote, rollback, register."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError, printable
-
-if TYPE_CHECKING:
-    from gainlora.runs.records import Record
 
 
 def runs() -> None:
@@ -65,8 +60,7 @@ def promote(
     from gainlora.sections import PromoteConfig
     from gainlora.tracking.promotion import promote as by_hand
 
-    decision = by_hand(cli.resolved(name), _store(), PromoteConfig(), reason)
-    print(decision.reason)
+    print(by_hand(cli.resolved(name), _store(), PromoteConfig(), reason).reason)
 
 
 def rollback(order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")]) -> None:
@@ -110,8 +104,8 @@ def _row(folder: Path) -> tuple[str, str, str, str, str, str, str]:
     from gainlora.runs.records import read_run
 
     try:
-        run: Record = read_run(folder)
-        found: dict[str, Any] = run.result if run.steps else {}
+        run = read_run(folder)
+        found = run.result if run.steps else {}
     except GainLoRAError as error:
         return "", "", "", "", "", "", f"not readable: {error}"
     ap, ft = ("-" if found.get(key) is None else f"{found[key]:.1f}" for key in ("AP", "FT"))

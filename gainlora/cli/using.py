@@ -1,20 +1,15 @@
 """Commands that use and share a learned model: predict, export, merge, push."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError
-
-if TYPE_CHECKING:
-    from gainlora.training.evaluate import Answer
 
 BAR = 20
 """Width of the bar of a coefficient of 1."""
@@ -67,16 +62,13 @@ def predict(
             here = prompts[start : start + WINDOW * size]
             for number, answer in enumerate(predictor.answer(here, max_new_tokens, size, single), start):
                 cut += answer.cut
-                if not lines:
-                    print(answer.text)
-                    if explain:
-                        print(_bars(predictor.branches, answer))
-                    continue
-                added: dict[str, Any] = {ANSWER: answer.text}
-                if explain:
-                    added[COEFFICIENTS] = dict(zip(predictor.branches, answer.coefficients or [], strict=True))
-                line = json.dumps({**lines[number][0], **added}, ensure_ascii=False)
-                sys.stdout.write(line + "\n")  # one write, so that Ctrl-C leaves complete lines
+                weights = dict(zip(predictor.branches, answer.coefficients or [], strict=True)) if explain else {}
+                if lines:
+                    added = {ANSWER: answer.text, **({COEFFICIENTS: weights} if explain else {})}
+                    line = json.dumps({**lines[number][0], **added}, ensure_ascii=False)
+                    sys.stdout.write(line + "\n")  # one write, so that Ctrl-C leaves complete lines
+                else:
+                    print(answer.text, *_bars(weights), sep="\n")
             sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -138,11 +130,7 @@ def _place(name: str) -> str:
     return name if Path(name).exists() or "/" in name else str(cli.resolved(name))
 
 
-def _bars(branches: tuple[str, ...], answer: Answer) -> str:
+def _bars(weights: dict[str, float]) -> list[str]:
     """One line per branch: its task, a bar, its coefficient."""
-    width = max(map(len, branches))
-    lines = []
-    for name, a in zip(branches, answer.coefficients or [], strict=True):
-        filled = round(a * BAR)
-        lines.append(f"  {name:<{width}}  {'█' * filled}{'░' * (BAR - filled)}  {a:.2f}")
-    return "\n".join(lines)
+    width = max(map(len, weights), default=0)
+    return [f"  {name:<{width}}  {'█' * round(a * BAR):░<{BAR}}  {a:.2f}" for name, a in weights.items()]
