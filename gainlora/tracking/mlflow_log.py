@@ -1,7 +1,5 @@
 """Records a run in MLflow while it learns: the callback of `gainlora run` and `gainlora learn`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable
@@ -9,19 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from gainlora.config import Settings
 from gainlora.errors import GainLoRAError, printable, reason
+from gainlora.runs.run import Run
 from gainlora.tracking import mlflow
 from gainlora.tracking.store import tracking_uri
 from gainlora.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    from gainlora.config import Settings
-    from gainlora.runs.run import Run
 
 INTERVAL = 5.0
 """Seconds between two deliveries of a training curve."""
@@ -98,7 +94,7 @@ class MlflowLogger(Callback):
         except Exception as error:  # the run is learned and recorded in any case
             print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
 
-    def __enter__(self) -> MlflowLogger:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
