@@ -15,7 +15,7 @@ from gainlora.cli import learning, results, using
 from gainlora.cli.check import check
 from gainlora.cli.options import Once, fail
 from gainlora.errors import GainLoRAError, format_error, refused_by_system
-from gainlora.interrupts import resent
+from gainlora.interrupts import stoppable, stopped
 
 EXTRAS = ("mlflow", "prefect", "dvc", "matplotlib", "pandas", "jinja2")
 """Packages of `gainlora[mlops]`, which are optional."""
@@ -34,18 +34,9 @@ class Commands(TyperGroup):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
-        stopped: list[int] = []
-
-        def stop(number: int, _frame: object) -> None:
-            stopped.append(number)
-            raise KeyboardInterrupt(number)
-
-        # by default SIGTERM and SIGHUP end Python without cleaning up; what is ignored (nohup) stays ignored
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         set_up_libraries()
         try:
-            with resent():
+            with stoppable():
                 return super().invoke(ctx)
         except (GainLoRAError, OSError, ModuleNotFoundError) as error:
             if stopped:  # in the middle of a lazy import, which makes it an error of its own
@@ -59,9 +50,6 @@ class Commands(TyperGroup):
             raise
         except KeyboardInterrupt as error:
             _interrupted(ctx, error.args[0] if error.args else signal.SIGINT)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _interrupted(ctx: Any, number: int) -> NoReturn:
