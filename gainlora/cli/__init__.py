@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from gainlora import __version__
 from gainlora.cli import learning, results, using
 from gainlora.cli.check import check
-from gainlora.cli.options import Once, fail
+from gainlora.cli.options import Once
 from gainlora.errors import GainLoRAError, format_error, refused_by_system
 from gainlora.interrupts import stoppable, stopped
 
@@ -41,13 +41,14 @@ class Commands(TyperGroup):
         except (GainLoRAError, OSError, ModuleNotFoundError) as error:
             if stopped:  # in the middle of a lazy import, which makes it an error of its own
                 _interrupted(ctx, stopped[0])
-            if isinstance(error, GainLoRAError):
-                fail(format_error(error))
             if isinstance(error, OSError) and error.filename is not None:
-                fail(format_error(refused_by_system(error)))
+                error = refused_by_system(error)
             if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
-                fail(f"error: {ctx.invoked_subcommand} needs {package}: pip install 'gainlora[mlops]'")
-            raise
+                error = GainLoRAError(f"{ctx.invoked_subcommand} needs {package}: pip install 'gainlora[mlops]'")
+            if not isinstance(error, GainLoRAError):
+                raise
+            print(format_error(error), file=sys.stderr)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             _interrupted(ctx, error.args[0] if error.args else signal.SIGINT)
 

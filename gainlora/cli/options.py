@@ -1,9 +1,8 @@
 """Shared arguments and options with their completion."""
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -23,12 +22,6 @@ class Once(TyperCommand):
                 if not (parameter.multiple or parameter.nargs == -1) and given.count(parameter) > 1:
                     raise typer.BadParameter("given twice; give it once.", ctx, param_hint=parameter.opts[0])
         return super().parse_args(ctx, args)
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """Print an error and exit."""
-    print(message, file=sys.stderr)
-    raise typer.Exit(code)
 
 
 # ---- completion: nothing raises, nothing heavy is imported --------------------------------------------------------
