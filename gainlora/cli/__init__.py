@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
-import typer
+from typer import Context, Exit, Option, Typer
 from typer.core import TyperGroup
 
 from gainlora import __version__
@@ -48,7 +48,7 @@ class Commands(TyperGroup):
             if not isinstance(error, GainLoRAError):
                 raise
             print(format_error(error), file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise Exit(1) from None
         except KeyboardInterrupt as error:
             _interrupted(ctx, error.args[0] if error.args else signal.SIGINT)
 
@@ -56,10 +56,10 @@ class Commands(TyperGroup):
 def _interrupted(ctx: Any, number: int) -> NoReturn:
     if ctx.invoked_subcommand in ("run", "compare", "sweep", "learn", "rerun"):
         print("Interrupted; what is learned is kept, and the same command continues.", file=sys.stderr)
-    raise typer.Exit(128 + number) from None
+    raise Exit(128 + number) from None
 
 
-app = typer.Typer(
+app = Typer(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -80,13 +80,13 @@ for group, commands in {
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"gainlora {__version__}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback(invoke_without_command=True)
 def main(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    ctx: Context,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Continual learning of language models with gated low-rank adaptation (GainLoRA)."""
     if ctx.invoked_subcommand is None:

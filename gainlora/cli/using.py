@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError
@@ -19,18 +19,18 @@ WINDOW = 16
 
 def predict(
     name: cli.Learned,
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="One prompt; with --task one text.")] = None,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="One prompt; with --task one text.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="JSONL", help='One object per line with "text" and optionally "task"; adds "answer".'),
+        Option(metavar="JSONL", help='One object per line with "text" and optionally "task"; adds "answer".'),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Put the text into this task's prompt.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every branch's integration coefficient.")] = False,
+    task: Annotated[str | None, Option(metavar="NAME", help="Put the text into this task's prompt.")] = None,
+    explain: Annotated[bool, Option("--explain", help="Show every branch's integration coefficient.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of an answer (default: as in the run).")
+        int | None, Option(min=1, metavar="N", help="Of an answer (default: as in the run).")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Prompts at once (default: as in the run).")
+        int | None, Option(min=1, metavar="N", help="Prompts at once (default: as in the run).")
     ] = None,
     base: cli.Base = None,
 ) -> None:
@@ -40,7 +40,7 @@ def predict(
     gates weigh the branches by the prompt alone (only method single uses --task to select a branch).
     """
     if (text is None) == (file is None):
-        raise typer.BadParameter("give either a TEXT or --file.", param_hint="TEXT")
+        raise BadParameter("give either a TEXT or --file.", param_hint="TEXT")
     from gainlora.cli.prompts import ANSWER, COEFFICIENTS, read_questions
     from gainlora.export.saved import open_saved
     from gainlora.inference import Predictor, check_task, make_prompt
@@ -80,18 +80,16 @@ def predict(
 
 def export(
     name: cli.Learned,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    out: Annotated[Path, Option(metavar="DIR", help="A new folder.")],
     branch: Annotated[
         str | None,
-        typer.Option(
-            metavar="K", help="Its number, from 1, or its task; without gates the default is all, as one LoRA."
-        ),
+        Option(metavar="K", help="Its number, from 1, or its task; without gates the default is all, as one LoRA."),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="All branches as one LoRA, with this prompt's coefficients.")
+        str | None, Option(metavar="TEXT", help="All branches as one LoRA, with this prompt's coefficients.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --prompt: put the text into this task's prompt.")
+        str | None, Option(metavar="NAME", help="With --prompt: put the text into this task's prompt.")
     ] = None,
     base: cli.Base = None,
 ) -> None:
@@ -99,13 +97,13 @@ def export(
     from gainlora.export.peft import export as write
 
     if task and prompt is None:
-        raise typer.BadParameter("only with --prompt.", param_hint="--task")
+        raise BadParameter("only with --prompt.", param_hint="--task")
     print(write(_place(name), branch, out, base, prompt, task))
 
 
 def merge(
     name: cli.Learned,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder; weights in float32.")],
+    out: Annotated[Path, Option(metavar="DIR", help="A new folder; weights in float32.")],
     base: cli.Base = None,
 ) -> None:
     """Merge all branches into the base model's weights; only for methods without gates."""
@@ -116,8 +114,8 @@ def merge(
 
 def push(
     name: cli.Learned,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it private.")] = False,
+    repo: Annotated[str, Argument(metavar="OWNER/NAME", help="Created if it does not exist.")],
+    private: Annotated[bool, Option("--private", help="Create it private.")] = False,
 ) -> None:
     """Upload a finished model with its card to the hub."""
     from gainlora.export.hub import push as upload
