@@ -136,9 +136,8 @@ class FlowLog(Callback):
     def on_task_end(self, t: int, name: str, row: dict[str, Any]) -> None:
         get_run_logger().info(Console.line(t, len(self.run.steps), name, row, self.decimals))
         description = f"R after task {t} of {len(self.run.steps)}: row = learned, column = evaluated"
-        show_table(
-            matrix_markdown(read_run(self.run.folder), self.decimals), f"accuracy-matrix-{self.key}", description
-        )
+        R = matrix_markdown(read_run(self.run.folder), self.decimals)
+        show_table(R, f"accuracy-matrix-{self.key}", description)
         show_progress(100 * t / len(self.run.steps), f"progress-{self.key}")
 
 

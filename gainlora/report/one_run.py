@@ -87,9 +87,8 @@ def run_section(page: Page, record: Record, name: str, decimals: int) -> None:
     page.note("Row: after learning that task. Column: score on task 1, 2, ... (R), then the means.")
     for file, (drawn, caption) in run_figures(record, decimals).items():
         page.picture(drawn, caption, record.run_id, file)
-    page.table(
-        ["learned", "truncated", "zero rows of A", "trainable parameters", *(f"{phase} (s)" for phase in PHASES)], tasks
-    )
+    counted = ["learned", "truncated", "zero rows of A", "trainable parameters"]
+    page.table([*counted, *(f"{phase} (s)" for phase in PHASES)], tasks)
     data = [(f"{t} {task}", record.data[task]) for t, task in enumerate(record.tasks, start=1)]
     data_rows = [[n, f"{d['train']:,}", f"{d['test']:,}", (d["dvc"] or d["sha256"])[:12]] for n, d in data]
     page.table(["task", "train", "test", "data"], data_rows)

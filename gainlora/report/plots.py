@@ -70,9 +70,8 @@ def heat_map(values: pd.DataFrame, top: float, decimals: int, unit: str, spread:
         if not np.isnan(value):
             below = "" if np.isnan(deviations[t, i]) else f"\n± {deviations[t, i]:.{decimals}f}"
             ink = "white" if value < 0.55 * top else "black"
-            axes.text(
-                i, t, f"{value:.{decimals}f}{below}", ha="center", va="center", color=ink, fontsize=6.5 if wide else 8
-            )
+            text = f"{value:.{decimals}f}{below}"
+            axes.text(i, t, text, ha="center", va="center", color=ink, fontsize=6.5 if wide else 8)
     names = [str(i + 1) for i in range(columns)] if wide else [short(name, 18) for name in values.columns]
     tilt: dict[str, Any] = {} if wide else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(columns), names, **tilt)

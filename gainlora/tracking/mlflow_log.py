@@ -63,9 +63,8 @@ class MlflowLogger(Callback):
         if t > self.run.finished and self.parent:
             with suppress(Exception):  # the whole curve is recorded when the task is finished
                 step = self.run.task_folder(t).name
-                self.curve = Curve(
-                    *mlflow.begin_task(self.run.folder, step, self.parent, self.settings.tracking, self.root)
-                )
+                begun = mlflow.begin_task(self.run.folder, step, self.parent, self.settings.tracking, self.root)
+                self.curve = Curve(*begun)
 
     def on_step(self, record: dict[str, Any]) -> None:
         if self.curve:
@@ -83,9 +82,8 @@ class MlflowLogger(Callback):
     def on_run_end(self, result: dict[str, Any]) -> None:
         s, parent = self.settings, self.parent or ""
         self._end_system_metrics()
-        if not self._deliver() or not self._tried(
-            lambda: mlflow.finish(self.run.folder, parent, s.tracking, s.report, self.root)
-        ):
+        finish = partial(mlflow.finish, self.run.folder, parent, s.tracking, s.report, self.root)
+        if not (self._deliver() and self._tried(finish)):
             return
         from gainlora.tracking.promotion import promote
 
