@@ -56,11 +56,9 @@ def _methods() -> list[str]:
 
 
 def _options() -> list[str]:
-    from gainlora.config import RunConfig
-    from gainlora.sections import Section
+    from gainlora.config import SECTIONS
 
-    sections = {name: f.default for name, f in RunConfig.model_fields.items() if isinstance(f.default, Section)}
-    return [f"{name}.{option}=" for name, section in sections.items() for option in type(section).model_fields]
+    return [f"{name}.{option}=" for name, kind in SECTIONS.items() if name != "order" for option in kind.model_fields]
 
 
 def _runs() -> list[str]:
