@@ -30,7 +30,7 @@ from flows.artifacts import show_progress, show_table
 from flows.server import environment
 from gainlora.config import RunConfig, load_config, order_names, read_params
 from gainlora.errors import GainLoRAError, format_error
-from gainlora.interrupts import resent
+from gainlora.interrupts import resent, stoppable, stopped
 from gainlora.prefect_server import continual_options, find_server
 from gainlora.report.one_run import matrix_markdown
 from gainlora.runs.bar import RunBar, planned_steps
@@ -43,20 +43,12 @@ from gainlora.version import learning_version, present_version
 Show = Callable[[int], list[Callback]]
 EVERY = 30
 """Seconds between two lines of a flow run's log about a task in training."""
-signals: list[int] = []
-"""Signals that asked this process to stop: Prefect's engine can lose a KeyboardInterrupt or turn it into another."""
-
-
-def stop(number: int, _frame: object) -> None:
-    """A signal handler; by default SIGTERM ends Python without cleaning up."""
-    signals.append(number)
-    raise KeyboardInterrupt(number)
 
 
 def check_stopped() -> None:
-    """Raise the KeyboardInterrupt of a received signal again."""
-    if signals:
-        raise KeyboardInterrupt(signals[0])
+    """Raise the KeyboardInterrupt of a received signal again: Prefect's engine can lose it."""
+    if stopped:
+        raise KeyboardInterrupt(stopped[0])
 
 
 def prefect_call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -144,9 +136,8 @@ class FlowLog(Callback):
     def on_task_end(self, t: int, name: str, row: dict[str, Any]) -> None:
         get_run_logger().info(Console.line(t, len(self.run.steps), name, row, self.decimals))
         description = f"R after task {t} of {len(self.run.steps)}: row = learned, column = evaluated"
-        show_table(
-            matrix_markdown(read_run(self.run.folder), self.decimals), f"accuracy-matrix-{self.key}", description
-        )
+        R = matrix_markdown(read_run(self.run.folder), self.decimals)
+        show_table(R, f"accuracy-matrix-{self.key}", description)
         show_progress(100 * t / len(self.run.steps), f"progress-{self.key}")
 
 
@@ -206,26 +197,24 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 def main(order: str) -> int:
     """Learn an order as params.yaml describes it; the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
     try:
-        if url := find_server():
-            os.environ.update(environment(url))
-            with temporary_settings({PREFECT_API_URL: url}):  # Prefect read the environment when it was imported
-                state = continual(order, return_state=True)
-            check_stopped()
-            if not state.is_completed():
-                raise GainLoRAError(str(state.message))
-        else:
-            with resent(), RunBar() as bar:
-                learn_order(order, {}, call, lambda decimals: [Console(decimals), bar])
+        with stoppable():
+            if url := find_server():
+                os.environ.update(environment(url))
+                with temporary_settings({PREFECT_API_URL: url}):  # Prefect read the environment when it was imported
+                    state = continual(order, return_state=True)
+                check_stopped()
+                if not state.is_completed():
+                    raise GainLoRAError(str(state.message))
+            else:
+                with RunBar() as bar:
+                    learn_order(order, {}, call, lambda decimals: [Console(decimals), bar])
     except GainLoRAError as error:
         print(format_error(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted. What is learned is kept; the same command resumes.", file=sys.stderr)
-        return 128 + (signals or [signal.SIGINT])[0]
+        return 128 + (stopped or [signal.SIGINT])[0]
     return 0
 
 

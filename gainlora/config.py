@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from gainlora import rules
 from gainlora.errors import GainLoRAError, did_you_mean, short_repr
 from gainlora.io import read_yaml
-from gainlora.parsing import option_names, parse
+from gainlora.parsing import parse
 from gainlora.sections import (
     DataConfig,
     EvaluateConfig,
@@ -149,17 +149,15 @@ class RunConfig(Settings):
         """
         order = {"name": "tasks", "data": "memory", "tasks": [], "template": "long_sequence", "metric": "exact_match"}
         values: dict[str, Any] = {"order": order, "model": {"name": model}}
-        sections = [
-            name for name in cls.model_fields if name not in Settings.model_fields and option_names((name,), cls)
-        ]
+        sections = {name: kind.model_fields for name, kind in SECTIONS.items() if name not in Settings.model_fields}
         for name, value in options.items():
             option = name.replace("__", ".")
             if "." not in option and option not in cls.model_fields:
-                here = [s for s in sections if option in option_names((s,), cls) and s != "order"]
+                here = [s for s, names in sections.items() if option in names and s != "order"]
                 found = [s for s in here if (s, option) != ("gate", "learning_rate")]  # alone, it is train's
                 found = found or ["order"] * (option == "metric")
                 if len(found) != 1:
-                    known = [f for s in sections for f in option_names((s,), cls)]
+                    known = [name for names in sections.values() for name in names]
                     several = " or ".join(f"{s}__{option}" for s in found)
                     why = f"is {several}; say which" if found else f"unknown option{did_you_mean(option, known)}"
                     raise GainLoRAError(f"{name}: {why}.")
@@ -188,6 +186,13 @@ class RunConfig(Settings):
         return parse(cls, complete(values))
 
 
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run recorded, by their present names, with the defaults of options that did not exist then."""
     if isinstance(data := values.get("data"), Mapping):
@@ -196,10 +201,10 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
         values = {**values, "train": {"min_steps": None, **train}}  # as above
     gate = values.get("gate")
     if isinstance(gate, Mapping) and "constrain_init" in gate:
-        others = {name: value for name, value in gate.items() if name != "constrain_init"}
-        values = {**values, "gate": {"initial_key": "orthogonal" if gate["constrain_init"] else "open", **others}}
-    sections = {n: f.default for n, f in RunConfig.model_fields.items() if n not in Settings.model_fields}
-    defaults = {n: s.model_dump(mode="json") for n, s in sections.items() if isinstance(s, Section)}
+        kept = {name: value for name, value in gate.items() if name != "constrain_init"}
+        values = {**values, "gate": {"initial_key": "orthogonal" if gate["constrain_init"] else "open", **kept}}
+    others = ("order", *Settings.model_fields)
+    defaults = {n: kind().model_dump(mode="json") for n, kind in SECTIONS.items() if n not in others}
     return {**values, **{n: {**d, **g} for n, d in defaults.items() if isinstance(g := values.get(n, {}), Mapping)}}
 
 
@@ -278,7 +283,7 @@ def load_config(order: str, overrides: Mapping[str, Any] | None = None, params: 
         for option, value in layer.items():
             _set(values, str(option), value, source)
     # `train:` without options counts as absent
-    given = {n: value for n, value in values.items() if value is not None or not option_names((n,), RunConfig)}
+    given = {name: value for name, value in values.items() if value is not None or name not in SECTIONS}
     config = parse(RunConfig, given)
     if not config.order.tasks:
         raise GainLoRAError(f"orders.{config.order.name}.tasks: empty; name at least one task folder.")
@@ -350,8 +355,6 @@ def _set(values: dict[str, Any], option: str, value: Any, source: str) -> None:
         if not isinstance(inner, dict):
             raise GainLoRAError(f"{source}: {option!r} is no option; {section!r} holds a value, not a section.")
         here[section] = here = dict(inner)
-    if isinstance(here.get(name), dict) or (
-        not sections and name in RunConfig.model_fields and option_names((name,), RunConfig)
-    ):
+    if isinstance(here.get(name), dict) or (not sections and name in SECTIONS):
         raise GainLoRAError(f"{source}: {option!r} is a section; set its options one by one ('{option}.<name>').")
     here[name] = value

@@ -40,6 +40,31 @@ def resent() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+stopped: list[int] = []
+"""Signals that asked this process to stop: a lazy import, or Prefect's engine, can make another error of a
+KeyboardInterrupt, or lose it."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise a KeyboardInterrupt with their number: by default the latter two end Python
+    without cleaning up. What is ignored (nohup) stays ignored."""
+
+    def stop(number: int, _frame: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt(number)
+
+    stopped.clear()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        with resent():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end_with(parent: int) -> None:
     """Be killed when the parent ends, however it ends: it would leave this process behind, which writes on."""
     if LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL):

@@ -282,10 +282,7 @@ def verify_checksums(folder: Path) -> None:
         GainLoRAError: a file is missing or changed.
     """
     remedy = f"`gainlora repair {os.path.relpath(folder.parent)}` goes back to the last good task"
-    sums = folder / "checksums.json"
-    if not sums.is_file():
-        raise GainLoRAError(f"{sums}: missing; {remedy}.")
-    for name, expected in read_json(sums).items():
+    for name, expected in read_json(folder / "checksums.json", absent=remedy, damaged=remedy).items():
         path = folder / name
         if not path.is_file():
             raise GainLoRAError(f"{path}: missing; {remedy}.")

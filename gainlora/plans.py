@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,7 @@ from typing import IO, Any
 import yaml
 from pydantic import Field
 
-from gainlora.config import Params, RunConfig, load_config, read_params
+from gainlora.config import RunConfig, load_config, read_params
 from gainlora.errors import GainLoRAError, add_context, did_you_mean, short_repr
 from gainlora.interrupts import end_with
 from gainlora.io import read_yaml
@@ -94,7 +94,6 @@ def experiments(
     seeds: Sequence[int] | None = None,
     overrides: Mapping[str, Any] | None = None,
     plan: Path | None = None,
-    params: Params | None = None,
 ) -> list[Experiment]:
     """The runs of a sweep, each checked against params.yaml, which is read once.
 
@@ -107,8 +106,7 @@ def experiments(
     Raises:
         GainLoRAError: nothing to run, a run given twice, or one that its configuration forbids.
     """
-    if params is None:
-        params = read_params() if plan is None or Path("params.yaml").exists() else {}
+    params = read_params() if plan is None or Path("params.yaml").exists() else {}
     if plan is not None:
         if overrides:
             raise GainLoRAError(f"--set: {', '.join(overrides)}: not with a plan; write them in {plan}'s options.")
@@ -152,13 +150,11 @@ def read_plan(path: Path) -> list[tuple[str, str, int, str, dict[str, Any]]]:
     return found
 
 
-def listed(chosen: Sequence[Experiment], results: Path | None) -> list[str]:
+def listed(chosen: Sequence[Experiment], results: Path | None) -> Iterator[str]:
     """The command of each run; with `results`, also whether its file exists."""
-    lines = []
     for e in chosen:
         where = f"  # {'there' if e.there(results) else 'to do'}: {e.file(results)}" if results else ""
-        lines.append(f"gainlora {shlex.join(e.command)}{where}")
-    return lines
+        yield f"gainlora {shlex.join(e.command)}{where}"
 
 
 def missing(chosen: Sequence[Experiment], results: Path | None) -> list[Experiment]:

@@ -1,14 +1,12 @@
 """Progress bars on a terminal and in notebooks, silence elsewhere (a worker's log keeps one line per finished task)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich import progress
+from rich.console import Console
 
 T = TypeVar("T")
 
@@ -16,8 +14,6 @@ T = TypeVar("T")
 @cache
 def terminal() -> Console:
     """The console of all bars, so that those of parts stand below that of the run."""
-    from rich.console import Console
-
     return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # accelerate launch numbers its processes
 
 
@@ -28,6 +24,4 @@ def shown() -> bool:
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:
     """`items` with a transient bar."""
-    from rich.progress import track as rich_track
-
-    return rich_track(items, description, console=terminal(), transient=True, disable=not shown())
+    return progress.track(items, description, console=terminal(), transient=True, disable=not shown())

@@ -7,15 +7,15 @@ import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
-import typer
+from typer import Context, Exit, Option, Typer
 from typer.core import TyperGroup
 
 from gainlora import __version__
 from gainlora.cli import learning, results, using
 from gainlora.cli.check import check
-from gainlora.cli.options import Once, fail
+from gainlora.cli.options import Once
 from gainlora.errors import GainLoRAError, format_error, refused_by_system
-from gainlora.interrupts import resent
+from gainlora.interrupts import stoppable, stopped
 
 EXTRAS = ("mlflow", "prefect", "dvc", "matplotlib", "pandas", "jinja2")
 """Packages of `gainlora[mlops]`, which are optional."""
@@ -34,43 +34,32 @@ class Commands(TyperGroup):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
-        stopped: list[int] = []
-
-        def stop(number: int, _frame: object) -> None:
-            stopped.append(number)
-            raise KeyboardInterrupt(number)
-
-        # by default SIGTERM and SIGHUP end Python without cleaning up; what is ignored (nohup) stays ignored
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         set_up_libraries()
         try:
-            with resent():
+            with stoppable():
                 return super().invoke(ctx)
         except (GainLoRAError, OSError, ModuleNotFoundError) as error:
             if stopped:  # in the middle of a lazy import, which makes it an error of its own
                 _interrupted(ctx, stopped[0])
-            if isinstance(error, GainLoRAError):
-                fail(format_error(error))
             if isinstance(error, OSError) and error.filename is not None:
-                fail(format_error(refused_by_system(error)))
+                error = refused_by_system(error)
             if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
-                fail(f"error: {ctx.invoked_subcommand} needs {package}: pip install 'gainlora[mlops]'")
-            raise
+                error = GainLoRAError(f"{ctx.invoked_subcommand} needs {package}: pip install 'gainlora[mlops]'")
+            if not isinstance(error, GainLoRAError):
+                raise
+            print(format_error(error), file=sys.stderr)
+            raise Exit(1) from None
         except KeyboardInterrupt as error:
             _interrupted(ctx, error.args[0] if error.args else signal.SIGINT)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _interrupted(ctx: Any, number: int) -> NoReturn:
     if ctx.invoked_subcommand in ("run", "compare", "sweep", "learn", "rerun"):
         print("Interrupted; what is learned is kept, and the same command continues.", file=sys.stderr)
-    raise typer.Exit(128 + number) from None
+    raise Exit(128 + number) from None
 
 
-app = typer.Typer(
+app = Typer(
     cls=Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -91,13 +80,13 @@ for group, commands in {
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"gainlora {__version__}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback(invoke_without_command=True)
 def main(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    ctx: Context,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Continual learning of language models with gated low-rank adaptation (GainLoRA)."""
     if ctx.invoked_subcommand is None:

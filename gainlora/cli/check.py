@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, echo
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError
@@ -26,9 +26,7 @@ PROMPTS = 3
 def check(
     target: Annotated[
         str,
-        typer.Argument(
-            metavar="TASK|ORDER", help="A task's folder, file or hub:NAME; an order of params.yaml or a file."
-        ),
+        Argument(metavar="TASK|ORDER", help="A task's folder, file or hub:NAME; an order of params.yaml or a file."),
     ],
     model: cli.Model = None,
     input: cli.Input = None,
@@ -57,7 +55,7 @@ def check(
     tokenizer, encoder_decoder = _tokenizer(config)
     for task in tasks:
         for line in summary(task, config, tokenizer, encoder_decoder):
-            typer.echo(line)
+            echo(line)
 
 
 def summary(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: bool) -> Iterator[str]:

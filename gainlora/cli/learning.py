@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, BadParameter, Exit, Option
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def fetch(
-    what: Annotated[Literal["embedded", "gemma-3-270m", "cl-benchmark"], typer.Argument(help="What to get.")],
+    what: Annotated[Literal["embedded", "gemma-3-270m", "cl-benchmark"], Argument(help="What to get.")],
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="A copy of CL_Benchmark, in place of the network.")
+        Path | None, Option("--from", metavar="DIR", help="A copy of CL_Benchmark, in place of the network.")
     ] = None,
 ) -> None:
     """Get data and base model."""
@@ -46,11 +46,9 @@ def run(
     settings: cli.Set = None,
     results: cli.Results = None,
     label: cli.Label = "",
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Wait for the GPU while other runs with --queue use it.")
-    ] = False,
+    queue: Annotated[bool, Option("--queue", help="Wait for the GPU while other runs with --queue use it.")] = False,
     folder_only: Annotated[
-        bool, typer.Option("--folder-only", help="Make the run folder and print it (docs/cluster.md).")
+        bool, Option("--folder-only", help="Make the run folder and print it (docs/cluster.md).")
     ] = False,
 ) -> None:
     """Learn an order's tasks in sequence; the same command resumes a stopped run."""
@@ -102,20 +100,18 @@ def compare(
 
 
 def sweep(
-    orders: Annotated[
-        list[str] | None, typer.Argument(metavar="ORDER...", help="With --plan: only these of it.")
-    ] = None,
+    orders: Annotated[list[str] | None, Argument(metavar="ORDER...", help="With --plan: only these of it.")] = None,
     methods: cli.Methods = None,
-    seeds: Annotated[str | None, typer.Option(metavar="1,2,...", help="In place of params.yaml's seed.")] = None,
+    seeds: Annotated[str | None, Option(metavar="1,2,...", help="In place of params.yaml's seed.")] = None,
     settings: cli.Set = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A YAML file with all of this, e.g. results/plan.yaml.")
+        Path | None, Option(metavar="FILE", help="A YAML file with all of this, e.g. results/plan.yaml.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write result files; runs whose file exists are not run again.")
+        Path | None, Option(metavar="DIR", help="Write result files; runs whose file exists are not run again.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs side by side.")] = 1,
-    listed: Annotated[bool, typer.Option("--list", help="Print the command of each run and end.")] = False,
+    jobs: Annotated[int, Option(min=1, metavar="N", help="Runs side by side.")] = 1,
+    listed: Annotated[bool, Option("--list", help="Print the command of each run and end.")] = False,
 ) -> None:
     """Run orders x methods x seeds side by side; the same command resumes a stopped sweep."""
     from gainlora import plans
@@ -124,20 +120,20 @@ def sweep(
     try:
         numbers = None if seeds is None else [int(seed) for seed in seeds.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{seeds!r} is no list of whole numbers", param_hint="--seeds") from None
+        raise BadParameter(f"{seeds!r} is no list of whole numbers", param_hint="--seeds") from None
     chosen = plans.experiments(orders, names, numbers, cli.overrides(settings), plan)
     if listed:
         print("\n".join(plans.listed(chosen, results)))
         return
     plans.check(chosen, results)
-    raise typer.Exit(plans.run_all(chosen, results, jobs))
+    raise Exit(plans.run_all(chosen, results, jobs))
 
 
 def learn(
     name: cli.RunName,
     task: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="PATH",
             help="A folder with train and test files, one file, a fifth of which is held out to test, or hub:NAME. "
             "Without it the run learns those of its tasks that it lacks, as after `gainlora repair`.",
@@ -169,12 +165,11 @@ def learn(
 
 
 def forget(
-    name: cli.RunName,
-    last: Annotated[bool, typer.Option("--last", help="The newest task; no other can go alone.")] = False,
+    name: cli.RunName, last: Annotated[bool, Option("--last", help="The newest task; no other can go alone.")] = False
 ) -> None:
     """Forget a finished run's newest task exactly."""
     if not last:
-        raise typer.BadParameter("missing; only the newest task can go.", param_hint="--last")
+        raise BadParameter("missing; only the newest task can go.", param_hint="--last")
     from gainlora.config import load_settings
     from gainlora.runs.grow import shortened
     from gainlora.runs.run import Run
@@ -202,7 +197,7 @@ def forget(
 def repair(
     name: cli.RunName,
     from_task: Annotated[
-        int | None, typer.Option(metavar="K", help="Drop task K (from 1) and later ones, damaged or not.")
+        int | None, Option(metavar="K", help="Drop task K (from 1) and later ones, damaged or not.")
     ] = None,
 ) -> None:
     """Restore a run's damaged tasks, or drop them and all later ones."""
@@ -230,7 +225,7 @@ def rerun(name: cli.RunName) -> None:
         print(f"result differs: {line}")
     print(f"runs/{new.name}: {'another result' if differing else 'the same result: every score and every tensor'}")
     if differing:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 # ---- running ------------------------------------------------------------------------------------------------------

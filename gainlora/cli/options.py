@@ -1,11 +1,10 @@
 """Shared arguments and options with their completion."""
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 from typer.core import TyperCommand
 
 from gainlora.errors import GainLoRAError
@@ -21,14 +20,8 @@ class Once(TyperCommand):
             _, _, given = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in given:
                 if not (parameter.multiple or parameter.nargs == -1) and given.count(parameter) > 1:
-                    raise typer.BadParameter("given twice; give it once.", ctx, param_hint=parameter.opts[0])
+                    raise BadParameter("given twice; give it once.", ctx, param_hint=parameter.opts[0])
         return super().parse_args(ctx, args)
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """Print an error and exit."""
-    print(message, file=sys.stderr)
-    raise typer.Exit(code)
 
 
 # ---- completion: nothing raises, nothing heavy is imported --------------------------------------------------------
@@ -63,11 +56,9 @@ def _methods() -> list[str]:
 
 
 def _options() -> list[str]:
-    from gainlora.config import RunConfig
-    from gainlora.sections import Section
+    from gainlora.config import SECTIONS
 
-    sections = {name: f.default for name, f in RunConfig.model_fields.items() if isinstance(f.default, Section)}
-    return [f"{name}.{option}=" for name, section in sections.items() for option in type(section).model_fields]
+    return [f"{name}.{option}=" for name, kind in SECTIONS.items() if name != "order" for option in kind.model_fields]
 
 
 def _runs() -> list[str]:
@@ -89,73 +80,67 @@ def _setting(text: str) -> tuple[str, Any]:
 
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise typer.BadParameter(f"{text!r} is not OPTION=VALUE")
+        raise BadParameter(f"{text!r} is not OPTION=VALUE")
     try:
         return name, parse_yaml(value, name, "quote it")
     except GainLoRAError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise BadParameter(str(error)) from None
+
+
+def _argument(name: str, completion: Callable[[], Iterable[str]], help: str) -> Any:
+    return Argument(metavar=name, autocompletion=_starting(completion), help=help)
 
 
 Order = Annotated[
-    str,
-    typer.Argument(
-        metavar="ORDER", autocompletion=_starting(_orders),
-        help="An order of params.yaml (embedded, order1, ...), or a YAML file with one.",
-    ),
-]  # fmt: skip
+    str, _argument("ORDER", _orders, "An order of params.yaml (embedded, order1, ...), or a YAML file with one.")
+]
 RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", autocompletion=_starting(_runs),
-        help="A run: its folder, its name or the unique beginning of it, a lineage, or `latest`.",
-    ),
-]  # fmt: skip
+    str, _argument("RUN", _runs, "A run: its folder, its name or the unique beginning of it, a lineage, or `latest`.")
+]
 Learned = Annotated[
     str,
-    typer.Argument(
-        metavar="RUN", autocompletion=_starting(_runs),
-        help="A run (folder, name, beginning of a name, `latest`), a task's folder, adapters/ORDER, or a hub id.",
+    _argument(
+        "RUN",
+        _runs,
+        "A run (folder, name, beginning of a name, `latest`), a task's folder, adapters/ORDER, or a hub id.",
     ),
-]  # fmt: skip
+]
 Method = Annotated[
-    str | None, typer.Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods))
+    str | None, Option(help="A branch rule, or gainlora- and a rule: gated.", autocompletion=_starting(_methods))
 ]
-Methods = Annotated[
-    str | None, typer.Option(metavar="A,B,...", help="Names of methods.", autocompletion=_listed_methods)
-]
-Seed = Annotated[int | None, typer.Option(help="In place of params.yaml's.")]
+Methods = Annotated[str | None, Option(metavar="A,B,...", help="Names of methods.", autocompletion=_listed_methods)]
+Seed = Annotated[int | None, Option(help="In place of params.yaml's.")]
 Model = Annotated[
     str | None,
-    typer.Option(
+    Option(
         autocompletion=_starting(_models),
         help="A model of params.yaml, a hub id, or a folder; brings its hyperparameters.",
     ),
-]  # fmt: skip
-SkipIncomplete = Annotated[bool, typer.Option("--skip-incomplete", help="Leave out tasks whose files are missing.")]
+]
+SkipIncomplete = Annotated[bool, Option("--skip-incomplete", help="Leave out tasks whose files are missing.")]
 
 
 def set_option(help: str) -> Any:
     """--set OPTION=VALUE, repeatable."""
     completion = _starting(_options)
-    return typer.Option("--set", metavar="OPTION=VALUE", parser=_setting, autocompletion=completion, help=help)
+    return Option("--set", metavar="OPTION=VALUE", parser=_setting, autocompletion=completion, help=help)
 
 
 Set = Annotated[
     list[Any] | None, set_option("Any option, e.g. --set train.learning_rate=5e-4 --set data.train_limit=null.")
 ]
 Input = Annotated[
-    str | None, typer.Option("--input", metavar="COLUMN", help="The task's column of inputs, if it is not recognized.")
+    str | None, Option("--input", metavar="COLUMN", help="The task's column of inputs, if it is not recognized.")
 ]
 Output = Annotated[
-    str | None,
-    typer.Option("--output", metavar="COLUMN", help="The task's column of answers, if it is not recognized."),
+    str | None, Option("--output", metavar="COLUMN", help="The task's column of answers, if it is not recognized.")
 ]
 Instruction = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="The task's instruction, in place of its files' definition.")
+    str | None, Option(metavar="TEXT", help="The task's instruction, in place of its files' definition.")
 ]
-Results = Annotated[Path | None, typer.Option(metavar="DIR", help="Write result files of finished runs here.")]
-Label = Annotated[str, typer.Option(help="Distinguishes result files of runs with other options, e.g. no-init.")]
-Base = Annotated[str | None, typer.Option(metavar="MODEL", help="The base model's hub id or folder, if it moved.")]
+Results = Annotated[Path | None, Option(metavar="DIR", help="Write result files of finished runs here.")]
+Label = Annotated[str, Option(help="Distinguishes result files of runs with other options, e.g. no-init.")]
+Base = Annotated[str | None, Option(metavar="MODEL", help="The base model's hub id or folder, if it moved.")]
 
 
 def overrides(settings: list[Any] | None, **named: Any) -> dict[str, Any]:

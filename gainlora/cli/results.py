@@ -1,18 +1,13 @@
 """Commands that show, keep and rank results: runs, report, results, promote, rollback, register."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError, printable
-
-if TYPE_CHECKING:
-    from gainlora.runs.records import Record
 
 
 def runs() -> None:
@@ -28,9 +23,9 @@ def runs() -> None:
 
 def report(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN...", help="Runs and result files; none: all runs in MLflow.")
+        list[str] | None, Argument(metavar="RUN...", help="Runs and result files; none: all runs in MLflow.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the page.")] = Path("report"),
+    out: Annotated[Path, Option(metavar="DIR", help="Folder of the page.")] = Path("report"),
 ) -> None:
     """Write tables and figures of runs: index.html, report.md, figures/."""
     from gainlora.config import load_settings
@@ -49,8 +44,8 @@ def report(
 
 
 def results(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the files.")] = Path("results"),
+    names: Annotated[list[str], Argument(metavar="RUN...", help="Finished runs.")],
+    out: Annotated[Path, Option(metavar="DIR", help="Folder of the files.")] = Path("results"),
     label: cli.Label = "",
 ) -> None:
     """Write finished runs as small JSON files for version control."""
@@ -59,17 +54,16 @@ def results(
 
 
 def promote(
-    name: cli.RunName, reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the version.")]
+    name: cli.RunName, reason: Annotated[str, Option(metavar="TEXT", help="Why; kept with the version.")]
 ) -> None:
     """Make a finished run its order's champion regardless of the comparison."""
     from gainlora.sections import PromoteConfig
     from gainlora.tracking.promotion import promote as by_hand
 
-    decision = by_hand(cli.resolved(name), _store(), PromoteConfig(), reason)
-    print(decision.reason)
+    print(by_hand(cli.resolved(name), _store(), PromoteConfig(), reason).reason)
 
 
-def rollback(order: Annotated[str, typer.Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")]) -> None:
+def rollback(order: Annotated[str, Argument(metavar="ORDER", help="Of the model gainlora-ORDER.")]) -> None:
     """Restore the previous champion of an order."""
     from gainlora.tracking.promotion import rollback as back
 
@@ -110,8 +104,8 @@ def _row(folder: Path) -> tuple[str, str, str, str, str, str, str]:
     from gainlora.runs.records import read_run
 
     try:
-        run: Record = read_run(folder)
-        found: dict[str, Any] = run.result if run.steps else {}
+        run = read_run(folder)
+        found = run.result if run.steps else {}
     except GainLoRAError as error:
         return "", "", "", "", "", "", f"not readable: {error}"
     ap, ft = ("-" if found.get(key) is None else f"{found[key]:.1f}" for key in ("AP", "FT"))

@@ -1,20 +1,15 @@
 """Commands that use and share a learned model: predict, export, merge, push."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from gainlora.cli import options as cli
 from gainlora.errors import GainLoRAError
-
-if TYPE_CHECKING:
-    from gainlora.training.evaluate import Answer
 
 BAR = 20
 """Width of the bar of a coefficient of 1."""
@@ -24,18 +19,18 @@ WINDOW = 16
 
 def predict(
     name: cli.Learned,
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="One prompt; with --task one text.")] = None,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="One prompt; with --task one text.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="JSONL", help='One object per line with "text" and optionally "task"; adds "answer".'),
+        Option(metavar="JSONL", help='One object per line with "text" and optionally "task"; adds "answer".'),
     ] = None,
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Put the text into this task's prompt.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every branch's integration coefficient.")] = False,
+    task: Annotated[str | None, Option(metavar="NAME", help="Put the text into this task's prompt.")] = None,
+    explain: Annotated[bool, Option("--explain", help="Show every branch's integration coefficient.")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of an answer (default: as in the run).")
+        int | None, Option(min=1, metavar="N", help="Of an answer (default: as in the run).")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Prompts at once (default: as in the run).")
+        int | None, Option(min=1, metavar="N", help="Prompts at once (default: as in the run).")
     ] = None,
     base: cli.Base = None,
 ) -> None:
@@ -45,7 +40,7 @@ def predict(
     gates weigh the branches by the prompt alone (only method single uses --task to select a branch).
     """
     if (text is None) == (file is None):
-        raise typer.BadParameter("give either a TEXT or --file.", param_hint="TEXT")
+        raise BadParameter("give either a TEXT or --file.", param_hint="TEXT")
     from gainlora.cli.prompts import ANSWER, COEFFICIENTS, read_questions
     from gainlora.export.saved import open_saved
     from gainlora.inference import Predictor, check_task, make_prompt
@@ -67,16 +62,13 @@ def predict(
             here = prompts[start : start + WINDOW * size]
             for number, answer in enumerate(predictor.answer(here, max_new_tokens, size, single), start):
                 cut += answer.cut
-                if not lines:
-                    print(answer.text)
-                    if explain:
-                        print(_bars(predictor.branches, answer))
-                    continue
-                added: dict[str, Any] = {ANSWER: answer.text}
-                if explain:
-                    added[COEFFICIENTS] = dict(zip(predictor.branches, answer.coefficients or [], strict=True))
-                line = json.dumps({**lines[number][0], **added}, ensure_ascii=False)
-                sys.stdout.write(line + "\n")  # one write, so that Ctrl-C leaves complete lines
+                weights = dict(zip(predictor.branches, answer.coefficients or [], strict=True)) if explain else {}
+                if lines:
+                    added = {ANSWER: answer.text, **({COEFFICIENTS: weights} if explain else {})}
+                    line = json.dumps({**lines[number][0], **added}, ensure_ascii=False)
+                    sys.stdout.write(line + "\n")  # one write, so that Ctrl-C leaves complete lines
+                else:
+                    print(answer.text, *_bars(weights), sep="\n")
             sys.stdout.flush()
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,18 +80,16 @@ def predict(
 
 def export(
     name: cli.Learned,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    out: Annotated[Path, Option(metavar="DIR", help="A new folder.")],
     branch: Annotated[
         str | None,
-        typer.Option(
-            metavar="K", help="Its number, from 1, or its task; without gates the default is all, as one LoRA."
-        ),
+        Option(metavar="K", help="Its number, from 1, or its task; without gates the default is all, as one LoRA."),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="All branches as one LoRA, with this prompt's coefficients.")
+        str | None, Option(metavar="TEXT", help="All branches as one LoRA, with this prompt's coefficients.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With --prompt: put the text into this task's prompt.")
+        str | None, Option(metavar="NAME", help="With --prompt: put the text into this task's prompt.")
     ] = None,
     base: cli.Base = None,
 ) -> None:
@@ -107,13 +97,13 @@ def export(
     from gainlora.export.peft import export as write
 
     if task and prompt is None:
-        raise typer.BadParameter("only with --prompt.", param_hint="--task")
+        raise BadParameter("only with --prompt.", param_hint="--task")
     print(write(_place(name), branch, out, base, prompt, task))
 
 
 def merge(
     name: cli.Learned,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder; weights in float32.")],
+    out: Annotated[Path, Option(metavar="DIR", help="A new folder; weights in float32.")],
     base: cli.Base = None,
 ) -> None:
     """Merge all branches into the base model's weights; only for methods without gates."""
@@ -124,8 +114,8 @@ def merge(
 
 def push(
     name: cli.Learned,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it private.")] = False,
+    repo: Annotated[str, Argument(metavar="OWNER/NAME", help="Created if it does not exist.")],
+    private: Annotated[bool, Option("--private", help="Create it private.")] = False,
 ) -> None:
     """Upload a finished model with its card to the hub."""
     from gainlora.export.hub import push as upload
@@ -138,11 +128,7 @@ def _place(name: str) -> str:
     return name if Path(name).exists() or "/" in name else str(cli.resolved(name))
 
 
-def _bars(branches: tuple[str, ...], answer: Answer) -> str:
+def _bars(weights: dict[str, float]) -> list[str]:
     """One line per branch: its task, a bar, its coefficient."""
-    width = max(map(len, branches))
-    lines = []
-    for name, a in zip(branches, answer.coefficients or [], strict=True):
-        filled = round(a * BAR)
-        lines.append(f"  {name:<{width}}  {'█' * filled}{'░' * (BAR - filled)}  {a:.2f}")
-    return "\n".join(lines)
+    width = max(map(len, weights), default=0)
+    return [f"  {name:<{width}}  {'█' * round(a * BAR):░<{BAR}}  {a:.2f}" for name, a in weights.items()]

@@ -138,9 +138,8 @@ class Frame:
         groups = self.groups.assign(budget=self._budgets()).reset_index()
         constrained = (self.options_of(self.groups, *CONSTRAINTS) == [*CONSTRAINTS.values()]).all(axis=1)
         gated = groups[groups["gated"] & constrained.array]
-        pairs = gated.merge(
-            groups[groups["plain"] == groups["rule"]], on=[*SETTING, "rule", "budget"], suffixes=("", "_equal")
-        )
+        equal = groups[groups["plain"] == groups["rule"]]
+        pairs = gated.merge(equal, on=[*SETTING, "rule", "budget"], suffixes=("", "_equal"))
         rows = []
         for pair in pairs.itertuples():
             sides = (pair.group, pair.group_equal)

@@ -1,20 +1,17 @@
 """One run: R for the terminal and for Markdown, its figures, its part of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from gainlora.errors import printable
 from gainlora.report import plots
 from gainlora.report.page import Page, console_table, markdown_table, number
 from gainlora.runs.records import MEASURES, PHASES, Key, Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.console import RenderableType
 
 
 def matrix_table(results: Sequence[dict[str, Any]], decimals: int) -> RenderableType:
@@ -23,9 +20,6 @@ def matrix_table(results: Sequence[dict[str, Any]], decimals: int) -> Renderable
     Returns:
         A rich renderable.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     if len(results) != 1:
         rows = []
         for result in results:
@@ -93,9 +87,8 @@ def run_section(page: Page, record: Record, name: str, decimals: int) -> None:
     page.note("Row: after learning that task. Column: score on task 1, 2, ... (R), then the means.")
     for file, (drawn, caption) in run_figures(record, decimals).items():
         page.picture(drawn, caption, record.run_id, file)
-    page.table(
-        ["learned", "truncated", "zero rows of A", "trainable parameters", *(f"{phase} (s)" for phase in PHASES)], tasks
-    )
+    counted = ["learned", "truncated", "zero rows of A", "trainable parameters"]
+    page.table([*counted, *(f"{phase} (s)" for phase in PHASES)], tasks)
     data = [(f"{t} {task}", record.data[task]) for t, task in enumerate(record.tasks, start=1)]
     data_rows = [[n, f"{d['train']:,}", f"{d['test']:,}", (d["dvc"] or d["sha256"])[:12]] for n, d in data]
     page.table(["task", "train", "test", "data"], data_rows)

@@ -1,23 +1,21 @@
 """Tables and pages: written once in Markdown, which becomes a self-contained HTML page; tables for the terminal."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from gainlora.errors import printable
 from gainlora.report import plots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 Rows = Sequence[Sequence[str]]
 
@@ -26,7 +24,7 @@ class Page:
     """A page of headings, paragraphs, tables and figures, in order. Texts are escaped: names come from others."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.figures = title, dict[str, "Figure"]()
+        self.title, self.figures = title, dict[str, Figure]()
         """Figures by the name of their files, without suffix."""
         self.parts: list[str] = []
 
@@ -99,10 +97,6 @@ def markdown_table(head: Sequence[str], rows: Rows, numbers: int = 1, links: Seq
 
 def console_table(head: Sequence[str], rows: Rows, numbers: int = 1, **options: Any) -> Table:
     """The same table for rich to print; options of `rich.table.Table`."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, **options)
     for column, name in enumerate(head):
         table.add_column(Text(printable(name)), justify="right" if column >= numbers else "left")

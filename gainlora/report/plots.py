@@ -5,23 +5,19 @@ Ito's set), a label at its end, and at most five others in its panel; heat maps 
 No pyplot: no global state, no display.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gainlora.errors import printable
 from gainlora.rules import GATED
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "x": "✕"}
@@ -43,9 +39,8 @@ STYLE: Any = {
     "svg.fonttype": "none",
 }
 
-if TYPE_CHECKING:
-    Curve: TypeAlias = pd.DataFrame
-    """Index x; column mean, and min and max where they span several runs."""
+Curve: TypeAlias = pd.DataFrame
+"""Index x; column mean, and min and max where they span several runs."""
 
 
 def short(name: str, length: int = 30) -> str:
@@ -75,9 +70,8 @@ def heat_map(values: pd.DataFrame, top: float, decimals: int, unit: str, spread:
         if not np.isnan(value):
             below = "" if np.isnan(deviations[t, i]) else f"\n± {deviations[t, i]:.{decimals}f}"
             ink = "white" if value < 0.55 * top else "black"
-            axes.text(
-                i, t, f"{value:.{decimals}f}{below}", ha="center", va="center", color=ink, fontsize=6.5 if wide else 8
-            )
+            text = f"{value:.{decimals}f}{below}"
+            axes.text(i, t, text, ha="center", va="center", color=ink, fontsize=6.5 if wide else 8)
     names = [str(i + 1) for i in range(columns)] if wide else [short(name, 18) for name in values.columns]
     tilt: dict[str, Any] = {} if wide else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(columns), names, **tilt)

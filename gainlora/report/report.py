@@ -146,9 +146,8 @@ def _learning(page: Page, frame: Frame, groups: pd.DataFrame, decimals: int) -> 
         loss, base = (frame.at_end(group, f"general.{kind}") for kind in ("loss", "base_loss"))
         cells = [spread(frame.measured(group, key), decimals) for key in ("LA", "AIA", "FWT")]
         cells += [spread(frame.intransigence(group), decimals), spread(loss - base, 3)]
-        cells += [
-            spread(frame.at_end(group, key), digits) for key, digits in (("general.kl", 3), ("top1", 2), ("auc", 2))
-        ]
+        others = (("general.kl", 3), ("top1", 2), ("auc", 2))
+        cells += [spread(frame.at_end(group, key), digits) for key, digits in others]
         if set(cells) != {"-"}:
             rows.append([row["name"], row["order"], row["model"], *cells])
     if rows:

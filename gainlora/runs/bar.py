@@ -1,16 +1,14 @@
 """The progress bar of a whole run."""
 
-from __future__ import annotations
-
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gainlora.progress import shown, terminal
+from gainlora.runs.run import Run
 from gainlora.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from gainlora.runs.run import Run
 
 
 def planned_steps(run: Run) -> list[int]:
@@ -25,19 +23,10 @@ def planned_steps(run: Run) -> list[int]:
 class RunBar(Callback):
     """A bar for the whole run: task k of T, loss, time left by the optimizer steps of all tasks. A context manager."""
 
-    def __enter__(self) -> RunBar:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        screen, hidden = terminal(), not shown()
-        self.bar = Progress(
-            *columns, console=screen, transient=True, disable=hidden, redirect_stdout=sys.stdout.isatty()
-        )
+    def __enter__(self) -> Self:
+        columns = (BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        look: Any = {"transient": True, "disable": not shown(), "redirect_stdout": sys.stdout.isatty()}
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=terminal(), **look)
         return self
 
     def __exit__(self, *_: object) -> None:

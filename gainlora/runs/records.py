@@ -248,7 +248,8 @@ def checked(record: Record) -> Record:
     """
     where = str(record.folder or record.run_id)
     for name in map(str, (record.run_id, record.config["order"], record.config["method"], *record.config["tasks"])):
-        check_name(name, where)
+        if not name or name.startswith(".") or "/" in name or printable(name) != name:  # files may come from others
+            raise GainLoRAError(f"{where}: the name {name!r} would lead out of its folder; use no file of this origin.")
     _ = record.model, record.config["code"], record.config["dtype"], record.options, record.config["seed"]
     _ = [(record.data[task]["sha256"], 1 / record.data[task]["test"]) for task in record.tasks]
     for index, step in enumerate(record.steps, start=1):
@@ -264,16 +265,6 @@ def check_measures(where: str, stated: Mapping[str, Any], computed: Mapping[str,
     for key in (*MEASURES, "R"):
         if key in stated and key in computed and not _close(stated[key], computed[key]):
             raise GainLoRAError(f"{where}: its {key} is not that of its scores; it was changed, so make it again.")
-
-
-def check_name(name: str, where: str) -> None:
-    """Refuse a name that is not a plain part of a path: files may come from others.
-
-    Raises:
-        GainLoRAError: unsafe name; `where` is its file.
-    """
-    if not name or name.startswith(".") or "/" in name or printable(name) != name:
-        raise GainLoRAError(f"{where}: the name {name!r} would lead out of its folder; use no file of this origin.")
 
 
 def flat_options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,9 +95,8 @@ def _readable(value: Any, indent: str = "") -> str:
     if not isinstance(value, (dict, list)) or not any(isinstance(item, (dict, list)) for item in inner):
         return json.dumps(value, ensure_ascii=False)
     deeper = indent + "  "
-    names = (
-        [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value, dict) else [""] * len(inner)
-    )
+    opening, closing, names = "[", "]", [""] * len(inner)
+    if isinstance(value, dict):
+        opening, closing, names = "{", "}", [f"{json.dumps(key, ensure_ascii=False)}: " for key in value]
     lines = [f"{deeper}{name}{_readable(item, deeper)}" for name, item in zip(names, inner, strict=True)]
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
     return f"{opening}\n" + ",\n".join(lines) + f"\n{indent}{closing}"

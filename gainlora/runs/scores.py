@@ -67,14 +67,11 @@ def falls(before: Path, after: Path) -> dict[str, tuple[float, float]]:
     """
     found = {}
     for file in sorted((before / "predictions").glob("*.jsonl")):
-        old, new = (_example_scores(folder / "predictions" / file.name) for folder in (before, after))
+        both = (file, after / "predictions" / file.name)
+        old, new = ([line["score"] for line in io.read_lines(lines)] for lines in both)
         changes = [n - o for o, n in zip(old, new, strict=True)]
         if len(changes) > 1:
             error = statistics.stdev(changes) / math.sqrt(len(changes))
             if statistics.fmean(changes) + 1.96 * error < 0:
                 found[file.stem] = (statistics.fmean(old), statistics.fmean(new))
     return found
-
-
-def _example_scores(file: Path) -> list[float]:
-    return [line["score"] for line in io.read_lines(file)]

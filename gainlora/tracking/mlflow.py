@@ -14,24 +14,22 @@ what was logged completely. Logging can be repeated after a crash: the store kee
 reads runs back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
 
 from gainlora.io import read_json
 from gainlora.runs.records import MEASURES, Key, Record, Step, flatten, read_run, read_step, train_records
 from gainlora.sections import ReportConfig, TrackingConfig
 from gainlora.tracking.store import store
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, LoggedModel, Metric
-    from mlflow.entities import Run as MlflowRun
 
 KEY, DONE, PARENT = "gainlora.key", "gainlora.done", "mlflow.parentRunId"
 CURVES = {"train": ("loss", "penalty", "coefficient", "learning_rate", "seconds"), "validation": ("loss", "score")}
@@ -235,8 +233,6 @@ def log(
     tags: dict[str, Any] | None = None,
 ) -> None:
     """One request per 1000 metrics or 100 params and tags, MLflow's limits."""
-    from mlflow.entities import Param, RunTag
-
     settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in (params or {}).items()]
     labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
     for at in range(0, len(metrics or []), 1000):
@@ -258,8 +254,6 @@ def _tags(run: Record) -> dict[str, Any]:
 
 def _dataset(name: str, entry: dict[str, Any]) -> DatasetInput:
     """A task's data as a run's input: digest by DVC where it tracks the folder, else of the contents."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
     data = Dataset(
         name=name,
         digest=(entry["dvc"] or entry["sha256"])[:36],  # MLflow's limit
@@ -275,8 +269,6 @@ def _outcome(run: Record, step: Step, at: int) -> list[Metric]:
 
     Dots, not slashes: the UI makes a section of what stands before a slash and shows it above AP, FT and BWT.
     """
-    from mlflow.entities import Metric
-
     named = {metric_name(key, run.tasks): value for key, value in step.values.items() if key.metric != "coefficient_sd"}
     values = {**run.measures(step), **named}
     return [Metric(key, float(value), at, run.learned(step)) for key, value in values.items() if value is not None]
@@ -298,8 +290,6 @@ def short_name(task: str) -> str:
 
 def points(kind: str, record: Mapping[str, Any], at: int) -> list[Metric]:
     """A record of train.jsonl or validation.jsonl as metrics, logged at time `at` in ms."""
-    from mlflow.entities import Metric
-
     there = [key for key in CURVES[kind] if key in record]
     return [Metric(f"{kind}.{key}", float(record[key]), at, int(record["step"])) for key in there]
 
@@ -322,9 +312,6 @@ def _of_model(
     client: MlflowClient, experiment: str, child: MlflowRun, run: Record, step: Step, outcome: Iterable[Metric]
 ) -> list[Metric]:
     """The outcome as metrics of both the child run and its logged model, which is created if missing."""
-    from mlflow.entities import LoggedModelOutput, Metric
-    from mlflow.exceptions import MlflowException
-
     run_id, name = child.info.run_id, child.info.run_name.replace(".", "_")
     tags = {key: str(run.config[key]) for key in ("method", "seed", "order")}
     if not (found := _models(client, child)):

@@ -1,7 +1,5 @@
 """Records a run in MLflow while it learns: the callback of `gainlora run` and `gainlora learn`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable
@@ -9,19 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from gainlora.config import Settings
 from gainlora.errors import GainLoRAError, printable, reason
+from gainlora.runs.run import Run
 from gainlora.tracking import mlflow
 from gainlora.tracking.store import tracking_uri
 from gainlora.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    from gainlora.config import Settings
-    from gainlora.runs.run import Run
 
 INTERVAL = 5.0
 """Seconds between two deliveries of a training curve."""
@@ -67,9 +63,8 @@ class MlflowLogger(Callback):
         if t > self.run.finished and self.parent:
             with suppress(Exception):  # the whole curve is recorded when the task is finished
                 step = self.run.task_folder(t).name
-                self.curve = Curve(
-                    *mlflow.begin_task(self.run.folder, step, self.parent, self.settings.tracking, self.root)
-                )
+                begun = mlflow.begin_task(self.run.folder, step, self.parent, self.settings.tracking, self.root)
+                self.curve = Curve(*begun)
 
     def on_step(self, record: dict[str, Any]) -> None:
         if self.curve:
@@ -87,9 +82,8 @@ class MlflowLogger(Callback):
     def on_run_end(self, result: dict[str, Any]) -> None:
         s, parent = self.settings, self.parent or ""
         self._end_system_metrics()
-        if not self._deliver() or not self._tried(
-            lambda: mlflow.finish(self.run.folder, parent, s.tracking, s.report, self.root)
-        ):
+        finish = partial(mlflow.finish, self.run.folder, parent, s.tracking, s.report, self.root)
+        if not (self._deliver() and self._tried(finish)):
             return
         from gainlora.tracking.promotion import promote
 
@@ -98,7 +92,7 @@ class MlflowLogger(Callback):
         except Exception as error:  # the run is learned and recorded in any case
             print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
 
-    def __enter__(self) -> MlflowLogger:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

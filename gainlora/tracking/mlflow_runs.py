@@ -4,24 +4,21 @@ A record is built from a search: options (params), environment (tags) and data (
 the metrics of every finished child. No artifact is downloaded.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 
 from gainlora.errors import GainLoRAError, printable, reason
 from gainlora.runs.records import MEASURES, ROUTING, UNLEARNED, Key, Record, Step, checked
 from gainlora.sections import TrackingConfig
 from gainlora.tracking.mlflow import CURVES, DONE, KEY, PARENT, metric_name
 from gainlora.tracking.store import database, store, tracking_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as MlflowRun
 
 REPORT = "report"
 """Key of the run in which version 0.1.0 stored its report."""

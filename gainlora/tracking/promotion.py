@@ -15,14 +15,14 @@ registered. A tag of each champion names the version that it replaced, so `rollb
 version is not promoted again automatically.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
 from gainlora.errors import GainLoRAError, RetryableError
 from gainlora.export.saved import RUN
@@ -31,9 +31,6 @@ from gainlora.sections import PromoteConfig
 from gainlora.tracking.registry import CHAMPION, model_name, register
 from gainlora.tracking.store import connect
 from gainlora.training.metrics import lower_bound
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 ATTEMPTS = 10
 """Comparisons with a champion that other runs replace meanwhile."""
@@ -187,8 +184,6 @@ def _champion(client: MlflowClient, model: str) -> str | None:
 
 def _champions_run(uri: str, model: str) -> tuple[str | None, Record | None]:
     """The champion's version, and its run as registered."""
-    from mlflow.artifacts import download_artifacts
-
     with connect(uri) as client, tempfile.TemporaryDirectory(prefix="gainlora-champion-") as scratch:
         if (version := _champion(client, model)) is None:
             return None, None

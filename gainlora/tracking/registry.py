@@ -7,15 +7,21 @@
 A version is an artifact of its MLflow run. Which one is the `champion`, `gainlora.tracking.promotion` decides.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import mlflow.pyfunc
+import pandas
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
 
 from gainlora.errors import GainLoRAError
 from gainlora.export.card import check_finished
@@ -24,11 +30,6 @@ from gainlora.export.saved import SavedModel, files_sha256, open_saved
 from gainlora.inference import make_prompt
 from gainlora.tracking.mlflow import DONE, KEY
 from gainlora.tracking.store import connect, database
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
 
 CHAMPION = "champion"
 """The served alias: models:/gainlora-<order>@champion."""
@@ -55,8 +56,6 @@ def register(folder: Path, uri: str) -> int:
     check_finished(learned)
     if learned.adapter.integration == "single":
         raise GainLoRAError(f"{folder}: method single needs a task id to choose a branch, which no served model takes.")
-    from mlflow.exceptions import MlflowException
-
     if (file := database(uri)) and not file.exists():
         raise GainLoRAError(f"tracking.uri: {uri} is not there; give the `gainlora run` command again, which makes it.")
     run, name = learned.run, model_name(learned.config.order.name)
@@ -93,9 +92,6 @@ def _versions(held: Iterable[ModelVersion], run: str, done: str) -> list[int]:
 
 def signature(learned: SavedModel) -> ModelSignature:
     """Signature of the served model: an answer a row, with coefficients on request. The model checks the rows."""
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
-
     asked = ColSpec(Map("double"), "coefficients", required=False)
     params = [
         ParamSpec("max_new_tokens", "integer", learned.config.data.max_target_tokens),
@@ -110,9 +106,6 @@ def save_model(learned: SavedModel, folder: Path) -> None:
     Args:
         folder: a new one.
     """
-    import mlflow.pyfunc
-    import pandas
-
     prompts = [
         make_prompt(learned, "Some text of this task.", t)
         for t in learned.run.tasks

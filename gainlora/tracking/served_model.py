@@ -53,16 +53,12 @@ class ServedModel(PythonModel):
         except GainLoRAError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         answers = self.predictor.answer(prompts, longest)
-        if not params.get("coefficients"):
-            return [{"answer": answer.text} for answer in answers]
-        names = self.predictor.branches
-        return [
-            {
-                "answer": answer.text,
-                "coefficients": dict(zip(names, answer.coefficients or [1.0] * len(names), strict=True)),
-            }
-            for answer in answers
-        ]
+        rows: list[dict[str, Any]] = [{"answer": answer.text} for answer in answers]
+        if params.get("coefficients"):
+            names = self.predictor.branches
+            for row, answer in zip(rows, answers, strict=True):
+                row["coefficients"] = dict(zip(names, answer.coefficients or [1.0] * len(names), strict=True))
+        return rows
 
     def _prompts(self, rows: pandas.DataFrame) -> list[str]:
         """The rows' prompts, all checked before any is answered."""
