@@ -94,6 +94,13 @@ def setup_digest(config_file: Path, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of this configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_base(
     source: str, dtype: torch.dtype, device_map: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
@@ -108,13 +115,12 @@ def load_base(
         GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
             quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
-    loaded: dict[str, Any]
     part = "config.json"
     try:
         # by default, trust_remote_code would prompt
@@ -131,18 +137,11 @@ def load_base(
                 f"model.name: {source!r}: its weights are quantized ({getattr(method, 'value', method)}); give the "
                 "checkpoint that they were quantized from."
             )
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         part = "model"
-        model, loaded = kind.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        given = {"dtype": dtype, "device_map": device_map, "revision": revision, "use_safetensors": True}
+        model, loaded = auto_class(config).from_pretrained(source, output_loading_info=True, **given)
     except GainLoRAError:
         raise
     except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
@@ -168,7 +167,13 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     """
     from transformers import GenerationConfig
 
-    start = _decoder_start(model)
+    decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
+    starts = (
+        getattr(model.config, "decoder_start_token_id", None),
+        getattr(model.generation_config, "decoder_start_token_id", None),
+        getattr(decoder, "bos_token_id", None),
+    )
+    start = next((token for token in starts if token is not None), None)
     if model.config.is_encoder_decoder and start is None:
         raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
@@ -189,17 +194,6 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     model.weights_fingerprint = weights_fingerprint(model.named_parameters())
     model.setup_digest = config_file and setup_digest(config_file, tokenizer)
     return model.eval().requires_grad_(False)
-
-
-def _decoder_start(model: Any) -> int | None:
-    """The token that an encoder-decoder's answers start from, in training and generation; None: not known."""
-    decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
-    found = (
-        getattr(model.config, "decoder_start_token_id", None),
-        getattr(model.generation_config, "decoder_start_token_id", None),
-        getattr(decoder, "bos_token_id", None),
-    )
-    return next((token for token in found if token is not None), None)
 
 
 def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:

@@ -230,18 +230,15 @@ class GainLoRAModel(nn.Module):
         """
         if self.config.integration == "equal" or not self.branches or self.integration.off:
             return None
-        if self.router is not None:
-            if self.router.branches == self.branches:
-                return self.router.coefficients(self.prompt_features(input_ids, attention_mask))
-            newest = torch.zeros(len(input_ids), self.branches, device=self.device)
-            newest[:, -1] = 1  # the branch being learned
-            return newest
-        if self.config.integration == "single":
-            if self.task is None or not 0 <= self.task < self.branches:
-                raise GainLoRAError(f"model.task: {self.task}: name one of the {self.branches} branches, from 0.")
-            chosen = torch.zeros(len(input_ids), self.branches, device=self.device)
-            chosen[:, self.task] = 1
-            return chosen
+        if self.router is not None and self.router.branches == self.branches:
+            return self.router.coefficients(self.prompt_features(input_ids, attention_mask))
+        if not self.config.gated:
+            chosen = self.task if self.router is None else self.branches - 1  # the branch being learned
+            if chosen is None or not 0 <= chosen < self.branches:
+                raise GainLoRAError(f"model.task: {chosen}: name one of the {self.branches} branches, from 0.")
+            a = torch.zeros(len(input_ids), self.branches, device=self.device)
+            a[:, chosen] = 1
+            return a
         pooled = self.pool(input_ids, attention_mask)
         parts = []
         if self.gates is not None:
