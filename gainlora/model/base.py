@@ -8,7 +8,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,13 @@ def load_base(
         GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
             quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
-    part = "config.json"
-    try:
+    with _loading(source, "config.json"):
         # by default, trust_remote_code would prompt
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         adapter = find_adapter_config_file(source, revision=revision)
@@ -137,15 +137,10 @@ def load_base(
                 f"model.name: {source!r}: its weights are quantized ({getattr(method, 'value', method)}); give the "
                 "checkpoint that they were quantized from."
             )
-        part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        part = "model"
+    tokenizer = load_tokenizer(source, revision)
+    with _loading(source, "model"):
         given = {"dtype": dtype, "device_map": device_map, "revision": revision, "use_safetensors": True}
         model, loaded = auto_class(config).from_pretrained(source, output_loading_info=True, **given)
-    except GainLoRAError:
-        raise
-    except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
-        raise _not_loaded(source, part, error) from None
     if any(p.is_meta for p in model.parameters()):  # accelerate would copy them from host memory for each forward pass
         raise GainLoRAError(
             f"model.device_map: {device_map}: {source!r} does not fit into the GPUs; use more or larger ones."
@@ -221,21 +216,23 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    part = "config.json"
-    try:
-        # otherwise transformers prompts interactively
+    with _loading(source, "config.json"):  # without this, transformers prompts interactively
         AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        part = "tokenizer"
+    with _loading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # any exception, as above
-        raise _not_loaded(source, part, error) from None
 
 
-def _not_loaded(source: str, part: str, error: Exception) -> GainLoRAError:
-    return GainLoRAError(
-        f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason(error)}); give a hub "
-        "id that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
-    )
+@contextmanager
+def _loading(source: str, part: str) -> Iterator[None]:
+    try:
+        yield
+    except GainLoRAError:
+        raise
+    except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
+        raise GainLoRAError(
+            f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason(error)}); give a "
+            "hub id that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
+        ) from None
 
 
 def place(model: Any, device_map: str | None = None) -> None:

@@ -68,7 +68,7 @@ class GainLoRAModel(nn.Module):
         # Logits are needed at the last positions only, a strided slice, for which a linear layer copies its weight once
         # per sample. Contiguous rows make it a plain product.
         if (output := base.get_output_embeddings()) is not None:
-            output.register_forward_pre_hook(_contiguous)
+            output.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
         self.base = base
         self._accepted = frozenset(signature(base.forward).parameters)
         self.encoder_decoder: bool = base.config.is_encoder_decoder
@@ -359,7 +359,3 @@ def _tell_transformers() -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.register(GainLoRAConfig, GainLoRAModel)
-
-
-def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].contiguous(),)
