@@ -8,7 +8,6 @@
 Gates are not exported: an exported branch has coefficient 1, or that of the one prompt, on every prompt.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from gainlora.errors import GainLoRAError, did_you_mean
 from gainlora.export.card import CARD, check_finished, make_card
 from gainlora.export.saved import SavedModel, base_config, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
+from gainlora.io import write_json
 from gainlora.model.adapter_io import BRANCHES, CONFIG, read_branches, save_tensors
 from gainlora.model.base import auto_class, load_base
 from gainlora.model.modeling import GainLoRAModel
@@ -80,7 +80,7 @@ def export(
         what = "the only branch, with coefficient 1 on every prompt"
     with new_folder(out) as part:
         save_tensors(tensors, part / BRANCHES)
-        (part / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_json(part / CONFIG, described)
         card = make_card(learned, out.name, "peft", content=what, auto=auto, base=source)
         (part / CARD).write_text(card, encoding="utf-8")
     return out

@@ -137,11 +137,7 @@ def first_hidden(shape: Sequence[int], generator: torch.Generator) -> list[Tenso
 
 @torch.no_grad()
 def new_key(
-    covariance: Tensor,
-    memory: Tensor,
-    norm: float | None,
-    direction: Literal["svd", "random"],
-    generator: torch.Generator,
+    covariance: Tensor, memory: Tensor, norm: float | None, direction: str, generator: torch.Generator
 ) -> Tensor:
     """A key (d,) outside the memory, of the given norm (None: sqrt(d / 3)).
 

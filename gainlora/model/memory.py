@@ -117,10 +117,9 @@ def learning_model(config: RunConfig, base: Any, tasks: int) -> GainLoRAModel:
     with torch.device("meta"):
         branch = {}
         for name, layer in model.layers.items():
-            layer.stack(
-                torch.empty(older * layer.rank, layer.in_features), torch.empty(layer.out_features, older * layer.rank)
-            )
-            branch[name] = torch.empty(layer.rank, layer.in_features), torch.empty(layer.out_features, layer.rank)
+            r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
+            layer.stack(torch.empty(older * r, d_in), torch.empty(d_out, older * r))
+            branch[name] = torch.empty(r, d_in), torch.empty(d_out, r)
         d = widths(model.width, *shape)
 
         def gates(count: int) -> GateWeights:

@@ -97,9 +97,8 @@ class GainLoRAModel(nn.Module):
         if self.router is not None:
             self.router = self.router.to(self.device)
         self.gate_memory = [m.to(self.device) for m in self.gate_memory]
-        self.layer_memory = {
-            g: tuple(u.to(self.layers[g].A.device) for u in basis) for g, basis in self.layer_memory.items()
-        }
+        for group, basis in self.layer_memory.items():
+            self.layer_memory[group] = tuple(u.to(self.layers[group].A.device) for u in basis)
         return self
 
     @property

@@ -48,9 +48,8 @@ class Validation:
         self.rows, self.keep_punctuation = rows, keep_punctuation
         self.model, self.tokenizer, self.config = model, tokenizer, config
         per_epoch = math.ceil(AT_LEAST / epochs)
-        self.points = {
-            epoch * steps + math.ceil(steps * k / per_epoch) for epoch in range(epochs) for k in range(1, per_epoch + 1)
-        }
+        within = [math.ceil(steps * k / per_epoch) for k in range(1, per_epoch + 1)]
+        self.points = {epoch * steps + point for epoch in range(epochs) for point in within}
         self.records: Records = []
         self.best: list[Tensor] = []
 
