@@ -23,13 +23,9 @@ from gainlora.model.modeling import GainLoRAModel
 
 
 def export(
-    place: str | Path,
-    branch: str | None,
-    out: Path,
-    base: str | None = None,
-    prompt: str | None = None,
-    task: str | None = None,
-) -> Path:
+    place: str | Path, branch: str | None, out: Path,
+    base: str | None = None, prompt: str | None = None, task: str | None = None,
+) -> Path:  # fmt: skip
     """Write a folder that `peft.PeftModel.from_pretrained` loads.
 
     Args:

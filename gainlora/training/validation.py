@@ -36,15 +36,9 @@ class Validation:
     """
 
     def __init__(
-        self,
-        rows: Mapping[str, Any],
-        keep_punctuation: Mapping[str, bool],
-        model: GainLoRAModel,
-        tokenizer: Any,
-        config: RunConfig,
-        epochs: int,
-        steps: int,
-    ) -> None:
+        self, rows: Mapping[str, Any], keep_punctuation: Mapping[str, bool], model: GainLoRAModel, tokenizer: Any,
+        config: RunConfig, epochs: int, steps: int,
+    ) -> None:  # fmt: skip
         self.rows, self.keep_punctuation = rows, keep_punctuation
         self.model, self.tokenizer, self.config = model, tokenizer, config
         per_epoch = math.ceil(AT_LEAST / epochs)
