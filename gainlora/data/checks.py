@@ -153,9 +153,8 @@ def _unreachable(task: Task, tokenizer: Any, same: Same) -> Iterator[str]:
     decoded = tokenizer.batch_decode(encode(references, tokenizer), skip_special_tokens=True)
     pairs = zip(references, map(str.strip, decoded), strict=True)
     if lost := [(r, d) for r, d in pairs if same(r) and r != d and same(r) != same(d)]:
-        yield _note(
-            where, lost, references, "different references cannot score 100, as the tokenizer writes them differently"
-        )
+        what = "different references cannot score 100, as the tokenizer writes them differently"
+        yield _note(where, lost, references, what)
 
 
 def _note(file: str, found: Sequence[tuple[str, ...]], all_of: Sized, what: str) -> str:

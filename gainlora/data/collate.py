@@ -39,12 +39,7 @@ DRAW = "reference/0"
 
 
 def tokenize(
-    task: Task,
-    split: Split,
-    tokenizer: Any,
-    data: DataConfig,
-    encoder_decoder: bool,
-    cache: Path | None = Path(".cache/tokenized"),
+    task: Task, split: Split, tokenizer: Any, data: DataConfig, encoder_decoder: bool, cache: Path | None
 ) -> "datasets.Dataset":
     """One split's token ids, in the split's order.
 
@@ -154,12 +149,8 @@ def count_cut(rows: Any) -> dict[str, int]:
     """How many prompts lost text, how many of these all of their input and some of their definition, and how many
     targets lost tokens; empty if none did."""
     lost = rows["prompt_lost"][:]
-    counts = {
-        "prompts": sum(map(bool, lost)),
-        "definitions": lost.count("definition"),
-        "targets": sum(rows["target_cut"]),
-    }
-    return {what: count for what, count in counts.items() if count}
+    counts = sum(map(bool, lost)), lost.count("definition"), sum(rows["target_cut"])
+    return {what: n for what, n in zip(("prompts", "definitions", "targets"), counts, strict=True) if n}
 
 
 def collate(
@@ -184,9 +175,8 @@ def collate(
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         width = max(map(len, rows))
-        return torch.tensor(
-            [r + [value] * (width - len(r)) if encoder_decoder else [value] * (width - len(r)) + r for r in rows]
-        )
+        filled = [(r, [value] * (width - len(r))) for r in rows]
+        return torch.tensor([r + padding if encoder_decoder else padding + r for r, padding in filled])
 
     inputs = [list(r["prompt_ids"]) for r in rows]
     labels = answers = [list(r["target_ids"]) for r in rows] if targets else []

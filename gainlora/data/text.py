@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Sr|Jr|Gov|Sen|Rep|Gen|Col|Lt|vs|[A-Z])\.$")
 
@@ -27,26 +27,23 @@ def sentences(text: str) -> list[str]:
     return [f for f in found if f]
 
 
+def _joined(parts: Sequence[str], least: int) -> Iterator[str]:
+    """Sentences joined until `least` words are reached; the last text may be shorter."""
+    taken = ""
+    for part in parts:
+        taken = f"{taken} {part}".lstrip()
+        if len(taken.split()) >= least:
+            yield taken
+            taken = ""
+    yield taken
+
+
 def opening(parts: Sequence[str], least: int, most: int) -> str:
     """Sentences from the start until `least` words are reached; "" if that takes more than `most`."""
-    taken: list[str] = []
-    for part in parts:
-        taken.append(part)
-        if len(" ".join(taken).split()) >= least:
-            break
-    text = " ".join(taken)
+    text = next(_joined(parts, least))
     return text if least // 2 <= len(text.split()) <= most else ""
 
 
 def passages(text: str, least: int, most: int) -> list[str]:
     """Pieces of complete sentences with `least` to `most` words each; other parts are omitted."""
-    pieces: list[str] = []
-    taken: list[str] = []
-    for sentence in sentences(text):
-        taken.append(sentence)
-        words = len(" ".join(taken).split())
-        if words >= least:
-            if words <= most:
-                pieces.append(" ".join(taken))
-            taken = []
-    return pieces
+    return [piece for piece in _joined(sentences(text), least) if least <= len(piece.split()) <= most]

@@ -39,13 +39,9 @@ def make_card(learned: SavedModel, place: str, kind: Literal["adapter", "peft", 
         learned: of a finished run.
         place: the folder or hub id from which the model will be loaded.
         usage: for peft: content (which branches it holds), auto (the transformers class), base; for merged: auto.
-
-    Raises:
-        GainLoRAError: the run is not finished.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    check_finished(learned)
     run, values = learned.run, learned.run.steps[-1].values
     data = ModelCardData(
         base_model=hub_id(learned),

@@ -8,7 +8,6 @@
 Gates are not exported: an exported branch has coefficient 1, or that of the one prompt, on every prompt.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -17,19 +16,16 @@ from gainlora.errors import GainLoRAError, did_you_mean
 from gainlora.export.card import CARD, check_finished, make_card
 from gainlora.export.saved import SavedModel, base_config, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
+from gainlora.io import write_json
 from gainlora.model.adapter_io import BRANCHES, CONFIG, read_branches, save_tensors
-from gainlora.model.base import load_base
+from gainlora.model.base import auto_class, load_base
 from gainlora.model.modeling import GainLoRAModel
 
 
 def export(
-    place: str | Path,
-    branch: str | None,
-    out: Path,
-    base: str | None = None,
-    prompt: str | None = None,
-    task: str | None = None,
-) -> Path:
+    place: str | Path, branch: str | None, out: Path,
+    base: str | None = None, prompt: str | None = None, task: str | None = None,
+) -> Path:  # fmt: skip
     """Write a folder that `peft.PeftModel.from_pretrained` loads.
 
     Args:
@@ -57,10 +53,10 @@ def export(
         tensors[f"base_model.model.{name}.lora_B.weight"] = B[chosen].transpose(0, 1).flatten(1)  # (d_out, n * r)
     taken = 1 if index is not None else count
     source = learned.base(base)
-    encoder_decoder = base_config(source).is_encoder_decoder
+    auto = auto_class(base_config(source)).__name__
     described = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if auto == "AutoModelForSeq2SeqLM" else "CAUSAL_LM",
         "base_model_name_or_path": source,
         "inference_mode": True,
         "r": taken * config.rank,
@@ -80,8 +76,8 @@ def export(
         what = "the only branch, with coefficient 1 on every prompt"
     with new_folder(out) as part:
         save_tensors(tensors, part / BRANCHES)
-        (part / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        card = make_card(learned, out.name, "peft", content=what, auto=_auto(encoder_decoder), base=source)
+        write_json(part / CONFIG, described)
+        card = make_card(learned, out.name, "peft", content=what, auto=auto, base=source)
         (part / CARD).write_text(card, encoding="utf-8")
     return out
 
@@ -105,7 +101,7 @@ def merge(place: str | Path, out: Path, base: str | None = None) -> Path:
         merged = GainLoRAModel.from_pretrained(learned.folder, model).merge_and_unload()
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        card = make_card(learned, out.name, "merged", auto=_auto(merged.config.is_encoder_decoder))
+        card = make_card(learned, out.name, "merged", auto=auto_class(merged.config).__name__)
         (part / CARD).write_text(card, encoding="utf-8")
     return out
 
@@ -143,7 +139,3 @@ def _index(learned: SavedModel, branch: str | None, count: int) -> int | None:
     if count < len(tasks):
         raise GainLoRAError(f"--branch: {branch!r} shares the one branch with all tasks; leave --branch out.")
     return tasks.index(branch)
-
-
-def _auto(encoder_decoder: bool) -> str:
-    return "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"

@@ -10,7 +10,6 @@ rule.safetensors            <layer>:<name>: memory of the branch rule, if it has
 
 import dataclasses
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gainlora.errors import GainLoRAError, not_written, reason, short_repr
-from gainlora.io import read_json
+from gainlora.io import read_json, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import load_base, pick_device, pick_dtype, place
 from gainlora.model.gate import GateWeights, widths
@@ -38,9 +37,8 @@ PUBLISHED = ("*.json", "*.safetensors", "*.md")
 
 def save_adapter(model: GainLoRAModel, folder: Path) -> None:
     """Write the frozen branches, gates and bases of `model` into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
     r = model.config.rank
     branches = {}
     for name, layer in model.layers.items():
@@ -54,7 +52,7 @@ def save_adapter(model: GainLoRAModel, folder: Path) -> None:
         save_tensors({"gram": model.router.gram, "targets": model.router.targets}, folder / "router.safetensors")
     bases = {f"gate.{index}": m for index, m in enumerate(model.gate_memory, start=1)}
     for group, basis in model.layer_memory.items():
-        bases.update({f"layer.{group}.{block}": u for block, u in enumerate(basis)})
+        bases |= {f"layer.{group}.{block}": u for block, u in enumerate(basis)}
     save_tensors(bases, folder / "subspace.safetensors")
     kept = {f"{name}:{key}": t for name, layer in model.layers.items() for key, t in layer.memory.items()}
     if kept:

@@ -8,7 +8,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ def setup_digest(config_file: Path, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of this configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_base(
     source: str, dtype: torch.dtype, device_map: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
@@ -108,15 +116,13 @@ def load_base(
         GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
             quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
-    loaded: dict[str, Any]
-    part = "config.json"
-    try:
+    with _loading(source, "config.json"):
         # by default, trust_remote_code would prompt
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         adapter = find_adapter_config_file(source, revision=revision)
@@ -131,22 +137,10 @@ def load_base(
                 f"model.name: {source!r}: its weights are quantized ({getattr(method, 'value', method)}); give the "
                 "checkpoint that they were quantized from."
             )
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        part = "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        part = "model"
-        model, loaded = kind.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map=device_map,
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except GainLoRAError:
-        raise
-    except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
-        raise _not_loaded(source, part, error) from None
+    tokenizer = load_tokenizer(source, revision)
+    with _loading(source, "model"):
+        given = {"dtype": dtype, "device_map": device_map, "revision": revision, "use_safetensors": True}
+        model, loaded = auto_class(config).from_pretrained(source, output_loading_info=True, **given)
     if any(p.is_meta for p in model.parameters()):  # accelerate would copy them from host memory for each forward pass
         raise GainLoRAError(
             f"model.device_map: {device_map}: {source!r} does not fit into the GPUs; use more or larger ones."
@@ -168,7 +162,13 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     """
     from transformers import GenerationConfig
 
-    start = _decoder_start(model)
+    decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
+    starts = (
+        getattr(model.config, "decoder_start_token_id", None),
+        getattr(model.generation_config, "decoder_start_token_id", None),
+        getattr(decoder, "bos_token_id", None),
+    )
+    start = next((token for token in starts if token is not None), None)
     if model.config.is_encoder_decoder and start is None:
         raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
@@ -189,17 +189,6 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     model.weights_fingerprint = weights_fingerprint(model.named_parameters())
     model.setup_digest = config_file and setup_digest(config_file, tokenizer)
     return model.eval().requires_grad_(False)
-
-
-def _decoder_start(model: Any) -> int | None:
-    """The token that an encoder-decoder's answers start from, in training and generation; None: not known."""
-    decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
-    found = (
-        getattr(model.config, "decoder_start_token_id", None),
-        getattr(model.generation_config, "decoder_start_token_id", None),
-        getattr(decoder, "bos_token_id", None),
-    )
-    return next((token for token in found if token is not None), None)
 
 
 def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
@@ -227,21 +216,23 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    part = "config.json"
-    try:
-        # otherwise transformers prompts interactively
+    with _loading(source, "config.json"):  # without this, transformers prompts interactively
         AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        part = "tokenizer"
+    with _loading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # any exception, as above
-        raise _not_loaded(source, part, error) from None
 
 
-def _not_loaded(source: str, part: str, error: Exception) -> GainLoRAError:
-    return GainLoRAError(
-        f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason(error)}); give a hub "
-        "id that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
-    )
+@contextmanager
+def _loading(source: str, part: str) -> Iterator[None]:
+    try:
+        yield
+    except GainLoRAError:
+        raise
+    except Exception as error:  # any exception: transformers does not check the types in a folder's JSON files
+        raise GainLoRAError(
+            f"model.name: {source!r}: its {part} cannot be loaded as a T5- or Llama-like one ({reason(error)}); give a "
+            "hub id that you have access to, or a folder with config.json, safetensors weights and a tokenizer."
+        ) from None
 
 
 def place(model: Any, device_map: str | None = None) -> None:

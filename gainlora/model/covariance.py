@@ -1,6 +1,6 @@
 """Covariances of the inputs of a model's layers, gates and router on a task's training examples, in eval mode."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,10 +47,9 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         for batch in batches:
             target = batch["labels"] != -100
             source = batch["attention_mask"].bool() & target.any(1, keepdim=True)
-            sides = {
-                name: mask.flatten().nonzero().squeeze(1) for name, mask in (("target", target), ("source", source))
-            }
-            real.update(to_device(sides, model.device))
+            sides = {"target": target, "source": source}
+            indices = {side: mask.flatten().nonzero().squeeze(1) for side, mask in sides.items()}
+            real.update(to_device(indices, model.device))
             # logits are not needed: one position is the minimum for a decoder-only model
             least = {} if model.encoder_decoder else {"logits_to_keep": 1}
             model(**to_device(batch, model.device), use_cache=False, **least)
@@ -59,23 +58,19 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
         for handle in handles:
             handle.remove()
     _add_up(found.values())
-    return {
-        group: found.pop(group).matrices(group) for group in model.groups
-    }  # one at a time, to avoid a second copy of all
+    # one at a time, to avoid a second copy of all
+    return {group: found.pop(group).matrices(group) for group in model.groups}
 
 
 @torch.no_grad()
 def gate_covariances(model: GainLoRAModel, gate: Gate, batches: Iterable[Batch]) -> list[Tensor]:
     """C of p_0..p_L of one gate over the prompts: [(d_0, d_0), ..., (d_L, d_L)], float32."""
     found: list[Covariance] = []
-    for batch in batches:
-        counted = (batch["labels"] != -100).any(1).nonzero().squeeze(1)
-        placed = to_device({**batch, "counted": counted}, model.device)
-        mask = model.prompt_mask(placed["attention_mask"], placed["labels"])
-        features = gate.features(model.pool(placed["input_ids"], mask))
+    for input_ids, mask, counted in _prompts(model, batches):
+        features = gate.features(model.pool(input_ids, mask))
         found = found or [Covariance(p.shape[1], device=p.device) for p in features]
         for c, p in zip(found, features, strict=True):
-            c.update(p[placed["counted"]])
+            c.update(p[counted])
     _add_up(found)
     return [c.matrices(f"gate layer {index}")[0] for index, c in enumerate(found, start=1)]
 
@@ -85,16 +80,21 @@ def routing_sums(model: GainLoRAModel, batches: Iterable[Batch]) -> tuple[Tensor
     """`gainlora.model.router.Router.sums` over the prompts."""
     assert model.router is not None
     gram, target = torch.zeros_like(model.router.gram), torch.zeros_like(model.router.gram[0])
-    for batch in batches:
-        counted = (batch["labels"] != -100).any(1)
-        placed = to_device(batch, model.device)
-        mask = model.prompt_mask(placed["attention_mask"], placed["labels"])
-        hidden = model.prompt_features(placed["input_ids"], mask)  # (B, d)
+    for input_ids, mask, counted in _prompts(model, batches):
+        hidden = model.prompt_features(input_ids, mask)  # (B, d)
         more = model.router.sums(hidden[counted.to(hidden.device)])
         gram, target = gram + more[0], target + more[1]
     if distributed.count() > 1:
         distributed.all_reduce_sum([gram, target])
     return gram, target
+
+
+def _prompts(model: GainLoRAModel, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each batch, on the device: input_ids (B, S), the prompts' mask (B, S), indices of the examples that count."""
+    for batch in batches:
+        counted = (batch["labels"] != -100).any(1).nonzero().squeeze(1)
+        placed = to_device({**batch, "counted": counted}, model.device)
+        yield placed["input_ids"], model.prompt_mask(placed["attention_mask"], placed["labels"]), placed["counted"]
 
 
 def _add_up(found: Iterable[Covariance]) -> None:

@@ -121,10 +121,8 @@ class Gate(nn.Module):
     @torch.no_grad()
     def fold(self) -> GateWeights:
         """The effective weights under the memory used in training, as a stack of one gate."""
-        hidden = []
-        for layer in range(self.depth):
-            start, change, memory = self._layer(layer)
-            hidden.append((start + project_out(change, memory)).unsqueeze(0))
+        layers = map(self._layer, range(self.depth))
+        hidden = [(start + project_out(change, memory)).unsqueeze(0) for start, change, memory in layers]
         return GateWeights(hidden, self.key().unsqueeze(0))
 
 
@@ -139,11 +137,7 @@ def first_hidden(shape: Sequence[int], generator: torch.Generator) -> list[Tenso
 
 @torch.no_grad()
 def new_key(
-    covariance: Tensor,
-    memory: Tensor,
-    norm: float | None,
-    direction: Literal["svd", "random"],
-    generator: torch.Generator,
+    covariance: Tensor, memory: Tensor, norm: float | None, direction: str, generator: torch.Generator
 ) -> Tensor:
     """A key (d,) outside the memory, of the given norm (None: sqrt(d / 3)).
 

@@ -181,10 +181,8 @@ class Branches(torch.autograd.Function):
             dh = _scaled(dh, c, working)
             if x is not None:
                 dA = _product(dh[..., new].flatten(2).flatten(0, 1).T, x.flatten(0, 1).to(working))  # (G * r, d_in)
-                dAs = [
-                    d if n else None
-                    for d, n in zip(dA.split(ctx.rank), ctx.needs_input_grad[6 + count :], strict=False)
-                ]
+                needed = ctx.needs_input_grad[6 + count : 6 + 2 * count]
+                dAs = [d if n else None for d, n in zip(dA.split(ctx.rank), needed, strict=True)]
             if ctx.needs_input_grad[0]:
                 A = weights.parts[: len(weights.parts) // 2] if narrow else weights.A.flatten(0, 1)
                 dx = (dh.flatten(2) @ A).to(ctx.dtype)  # (B, S, d_in)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from gainlora.config import RunConfig
 from gainlora.data.collate import collate
 from gainlora.model.adapter_config import GainLoRAConfig
+from gainlora.model.base import auto_class
 from gainlora.model.gate import Gate, GateWeights, widths
 from gainlora.model.modeling import GainLoRAModel
 
@@ -100,37 +101,33 @@ class Peak(WithoutValues):
 
 def without_weights(base_config: Any, dtype: torch.dtype) -> Any:
     """The transformers model of a configuration, on the meta device."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if base_config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(base_config, dtype=dtype).eval().requires_grad_(False)
+        model = auto_class(base_config).from_config(base_config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config.decoder_start_token_id = model.generation_config.pad_token_id = 0  # any
     return model
 
 
 def learning_model(config: RunConfig, base: Any, tasks: int) -> GainLoRAModel:
     """A GainLoRAModel on the meta device that learns the last of `tasks` tasks."""
+    lora = config.lora
     integration: Literal["gated", "equal"] = "gated" if config.gated else "equal"
-    adapter = GainLoRAConfig(
-        "", config.lora.rank, config.lora.alpha, config.lora.targets, integration, config.gate.hidden, config.gate.depth
-    )
+    shape = (config.gate.hidden, config.gate.depth)
+    adapter = GainLoRAConfig("", lora.rank, lora.alpha, lora.targets, integration, *shape)
     model, older = GainLoRAModel(base, adapter), 0 if config.rule.shared else tasks - 1
     with torch.device("meta"):
         branch = {}
         for name, layer in model.layers.items():
-            layer.stack(
-                torch.empty(older * layer.rank, layer.in_features), torch.empty(layer.out_features, older * layer.rank)
-            )
-            branch[name] = torch.empty(layer.rank, layer.in_features), torch.empty(layer.out_features, layer.rank)
-        shape = widths(model.width, config.gate.hidden, config.gate.depth)
+            r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
+            layer.stack(torch.empty(older * r, d_in), torch.empty(d_out, older * r))
+            branch[name] = torch.empty(r, d_in), torch.empty(d_out, r)
+        d = widths(model.width, *shape)
 
         def gates(count: int) -> GateWeights:
-            hidden = [torch.empty(count, b, a) for a, b in itertools.pairwise(shape)]
+            hidden = [torch.empty(count, outputs, inputs) for inputs, outputs in itertools.pairwise(d)]
             return GateWeights(hidden, torch.empty(count, model.width))
 
         model.gates = gates(older) if config.gated and older else None
-        gate = Gate(gates(1), [torch.empty(d, 0) for d in shape], config.gate.score) if config.gated else None
+        gate = Gate(gates(1), [torch.empty(width, 0) for width in d], config.gate.score) if config.gated else None
     model.start_branch(branch, config.rule.train_A, gate)
     return model
 
@@ -142,16 +139,15 @@ def estimate(config: RunConfig, base_config: Any, dtype: torch.dtype) -> dict[st
 
     with WithoutValues():
         model = learning_model(config, without_weights(base_config, dtype), len(config.order.tasks))
-    weights = sum(p.nbytes for p in model.base.parameters()) + sum(
-        layer.stacked_B.nbytes for layer in model.layers.values()
-    )
-    weights += sum(group.A.nbytes for group in {layer.group for layer in model.layers.values()})
+    layers = model.layers.values()
+    stacks = [*(layer.stacked_B for layer in layers), *(group.A for group in {layer.group for layer in layers})]
+    weights = sum(tensor.nbytes for tensor in (*model.base.parameters(), *stacks))
     learned = [p for p in model.parameters() if p.requires_grad]
     covariances = sum(model.layers[g].in_features ** 2 for g in model.groups) * 4 // config.subspace.covariance_blocks
 
-    def peak(size: int, work: Callable[[dict[str, Tensor]], Any], targets: bool = True) -> int:
+    def peak(size: int, work: Callable[[dict[str, Tensor]], Any]) -> int:
         row = {"prompt_ids": [3] * config.data.max_prompt_tokens, "target_ids": [3] * config.data.max_target_tokens}
-        batch = collate([row] * size, 0, model.encoder_decoder, targets)
+        batch = collate([row] * size, 0, model.encoder_decoder, targets=True)
         with Peak() as counted:
             work(batch)
         return counted.most

@@ -68,7 +68,7 @@ class GainLoRAModel(nn.Module):
         # Logits are needed at the last positions only, a strided slice, for which a linear layer copies its weight once
         # per sample. Contiguous rows make it a plain product.
         if (output := base.get_output_embeddings()) is not None:
-            output.register_forward_pre_hook(_contiguous)
+            output.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
         self.base = base
         self._accepted = frozenset(signature(base.forward).parameters)
         self.encoder_decoder: bool = base.config.is_encoder_decoder
@@ -97,9 +97,8 @@ class GainLoRAModel(nn.Module):
         if self.router is not None:
             self.router = self.router.to(self.device)
         self.gate_memory = [m.to(self.device) for m in self.gate_memory]
-        self.layer_memory = {
-            g: tuple(u.to(self.layers[g].A.device) for u in basis) for g, basis in self.layer_memory.items()
-        }
+        for group, basis in self.layer_memory.items():
+            self.layer_memory[group] = tuple(u.to(self.layers[group].A.device) for u in basis)
         return self
 
     @property
@@ -230,18 +229,15 @@ class GainLoRAModel(nn.Module):
         """
         if self.config.integration == "equal" or not self.branches or self.integration.off:
             return None
-        if self.router is not None:
-            if self.router.branches == self.branches:
-                return self.router.coefficients(self.prompt_features(input_ids, attention_mask))
-            newest = torch.zeros(len(input_ids), self.branches, device=self.device)
-            newest[:, -1] = 1  # the branch being learned
-            return newest
-        if self.config.integration == "single":
-            if self.task is None or not 0 <= self.task < self.branches:
-                raise GainLoRAError(f"model.task: {self.task}: name one of the {self.branches} branches, from 0.")
-            chosen = torch.zeros(len(input_ids), self.branches, device=self.device)
-            chosen[:, self.task] = 1
-            return chosen
+        if self.router is not None and self.router.branches == self.branches:
+            return self.router.coefficients(self.prompt_features(input_ids, attention_mask))
+        if not self.config.gated:
+            chosen = self.task if self.router is None else self.branches - 1  # the branch being learned
+            if chosen is None or not 0 <= chosen < self.branches:
+                raise GainLoRAError(f"model.task: {chosen}: name one of the {self.branches} branches, from 0.")
+            a = torch.zeros(len(input_ids), self.branches, device=self.device)
+            a[:, chosen] = 1
+            return a
         pooled = self.pool(input_ids, attention_mask)
         parts = []
         if self.gates is not None:
@@ -362,7 +358,3 @@ def _tell_transformers() -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.register(GainLoRAConfig, GainLoRAModel)
-
-
-def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].contiguous(),)

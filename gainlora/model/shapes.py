@@ -15,25 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, T5Config
 
 from gainlora.errors import GainLoRAError
 from gainlora.model.gate import widths
 from gainlora.model.layers import features
+from gainlora.model.memory import without_weights
 from gainlora.model.targets import find_targets
 
-
-def _t5(**sizes: Any) -> Any:
-    from transformers import T5Config
-
-    return T5Config(vocab_size=32128, d_kv=64, **sizes)
-
-
-def _llama(**sizes: Any) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**sizes)
-
-
+_t5 = partial(T5Config, vocab_size=32128, d_kv=64)
 MODELS: dict[str, Callable[[], Any]] = {
     # google-t5/t5-large: 24 + 24 layers
     "t5-large": partial(_t5, d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
@@ -46,22 +36,22 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     # meta-llama/Llama-2-7b-hf
     "llama-2-7b": partial(
-        _llama, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        LlamaConfig, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
         num_attention_heads=32,
     ),
     # meta-llama/Llama-2-13b-hf
     "llama-2-13b": partial(
-        _llama, vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+        LlamaConfig, vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
         num_attention_heads=40,
     ),
     # meta-llama/Meta-Llama-3-8B: grouped-query attention, v is 4096 -> 1024
     "llama-3-8b": partial(
-        _llama, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        LlamaConfig, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
     ),
     # HuggingFaceTB/SmolLM2-135M-Instruct: v is 576 -> 192
     "smollm2-135m": partial(
-        _llama, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        LlamaConfig, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
     ),
 }  # fmt: skip
@@ -87,12 +77,7 @@ def build(name: str) -> Any:
     """
     if name not in MODELS:
         raise GainLoRAError(f"model: the shapes of {name!r} are not known; known are {', '.join(MODELS)}.")
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = MODELS[name]()
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        return kind.from_config(config)
+    return without_weights(MODELS[name](), torch.float32)
 
 
 def adapted(model: Any, targets: Sequence[str] | None = None) -> list[tuple[int, int]]:
@@ -105,19 +90,12 @@ def adapted(model: Any, targets: Sequence[str] | None = None) -> list[tuple[int,
     return [features(model.get_submodule(name)) for name in find_targets(model, targets)]
 
 
-def shape(model: str | nn.Module) -> Shape:
-    """The shape of a model of `MODELS`, computed once, or of a transformers model."""
-    return _published(model) if isinstance(model, str) else _shape(model)
-
-
 @cache
-def _published(name: str) -> Shape:
-    return _shape(build(name))
-
-
-def _shape(model: Any) -> Shape:
-    width = model.get_input_embeddings().weight.shape[1]
-    return Shape(width, tuple(adapted(model)), model.config.is_encoder_decoder)
+def shape(model: str | nn.Module) -> Shape:
+    """The shape of a model of `MODELS`, or of a transformers model."""
+    built: Any = build(model) if isinstance(model, str) else model
+    width = built.get_input_embeddings().weight.shape[1]
+    return Shape(width, tuple(adapted(built)), built.config.is_encoder_decoder)
 
 
 def branch_parameters(model: str | nn.Module, rank: int, train_A: bool) -> int:

@@ -37,9 +37,7 @@ def find_targets(model: Any, names: Sequence[str] | None) -> list[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    output = (
-        model.get_output_embeddings()
-    )  # its input is the last positions only, and it is often tied to the embeddings
+    output = model.get_output_embeddings()  # its input is the last positions only; it is often tied to the embeddings
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
     ends = [name.rsplit(".", 1)[-1] for name in linear]
     there = f"this {type(model).__name__} has {', '.join(sorted(set(ends)))}"

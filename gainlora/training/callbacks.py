@@ -88,9 +88,7 @@ class Console(Callback):
             which = "best" if "best" in kept else "last"
             notes.append(f"kept the {which} state, step {kept['step']}, validation {kept['score']:.{decimals}f}")
         if cut := row.get("cut"):
-            parts = (
-                f"{split} {', '.join(f'{n} {what}' for what, n in counts.items())}" for split, counts in cut.items()
-            )
+            parts = (f"{split} {', '.join(f'{n} {what}' for what, n in found.items())}" for split, found in cut.items())
             notes.append(f"cut to length: {'; '.join(parts)}")
         for fallen, (before, after) in row.get("falls", {}).items():
             notes.append(f"{fallen} fell from {before:.{decimals}f} to {after:.{decimals}f}, more than by chance")

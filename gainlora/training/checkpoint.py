@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 STATE, PROGRESS = "state.safetensors", "progress.json"
 Records = list[dict[str, float]]
+Tensors = dict[str, Tensor]
 
 
 class Checkpoints:
@@ -52,14 +53,9 @@ class Checkpoints:
         return self.partial is not None and (step == last or (self.every is not None and step % self.every == 0))
 
     def save(
-        self,
-        model: GainLoRAModel,
-        optimizer: Any,
-        scheduler: Any,
-        records: Records,
-        random: dict[str, Tensor],
+        self, model: GainLoRAModel, optimizer: Any, scheduler: Any, records: Records, random: Tensors,
         validation: "Validation",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write the state after `len(records)` steps, then remove older ones.
 
         Args:
@@ -68,7 +64,7 @@ class Checkpoints:
         generators = distributed.all_gather([random])
         if distributed.index() or self.partial is None:
             return
-        tensors: dict[str, Tensor] = {}
+        tensors: Tensors = {}
         for name, layer in model.layers.items():
             A, B = layer.learning
             tensors |= {f"branch.{name}.A": A, f"branch.{name}.B": B}
@@ -94,12 +90,12 @@ class Checkpoints:
             shutil.rmtree(older)
 
 
-def random_states() -> dict[str, Tensor]:
+def random_states() -> Tensors:
     """States of torch's generators, by device."""
     return {"cpu": torch.get_rng_state()} | {f"cuda{i}": torch.cuda.get_rng_state(i) for i in _own_gpus()}
 
 
-def set_random_states(states: dict[str, Tensor]) -> None:
+def set_random_states(states: Tensors) -> None:
     """Put torch's generators into these states; devices without a saved state are left unchanged."""
     if "cpu" in states:
         torch.set_rng_state(states["cpu"].clone())
@@ -146,7 +142,7 @@ def restore_training(folder: Path, optimizer: Any, scheduler: Any, validation: "
     """Restore optimizer, schedule, validation and random generators; returns the training records."""
     tensors, progress = load_file(folder / STATE), read_json(folder / PROGRESS)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, Tensors] = {}
     for name, value in _under(tensors, "optimizer.").items():
         index, _, moment = name.partition(".")
         like = parameters[int(index)] if value.dim() else value  # fused updates need the parameter's order in memory
@@ -162,5 +158,5 @@ def restore_training(folder: Path, optimizer: Any, scheduler: Any, validation: "
     return records
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: Tensors, prefix: str) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

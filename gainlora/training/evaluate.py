@@ -80,13 +80,9 @@ class Answer:
 
 
 def answer_prompts(
-    model: GainLoRAModel,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-) -> list[Answer]:
+    model: GainLoRAModel, tokenizer: Any, prompts: Sequence[Prompt], config: RunConfig,
+    max_new_tokens: int | None = None, batch_size: int | None = None,
+) -> list[Answer]:  # fmt: skip
     """Answers in the prompts' order.
 
     Args:
@@ -121,15 +117,9 @@ def mean_score(answers: Sequence[Prediction]) -> float:
 
 
 def evaluate_task(
-    model: GainLoRAModel,
-    tokenizer: Any,
-    rows: Any,
-    metric: str,
-    config: RunConfig,
-    name: str,
-    keep_punctuation: bool = False,
-    unlearned: bool = False,
-) -> list[Prediction]:
+    model: GainLoRAModel, tokenizer: Any, rows: Any, metric: str, config: RunConfig, name: str,
+    keep_punctuation: bool = False, unlearned: bool = False,
+) -> list[Prediction]:  # fmt: skip
     """Generate and score an answer for every row, in the rows' order.
 
     Batches hold prompts of similar length; in float32 this changes no answer. All tasks share the length limit

@@ -237,14 +237,9 @@ class ContinualLearner:
         self.stage = "begun"
 
     def train_task(
-        self,
-        name: str,
-        tasks: Sequence[Task],
-        keep_punctuation: Mapping[str, bool],
-        checkpoints: Checkpoints | None = None,
-        callbacks: Sequence[Callback] = (),
-        replay: Sequence[Task] = (),
-    ) -> Records:
+        self, name: str, tasks: Sequence[Task], keep_punctuation: Mapping[str, bool],
+        checkpoints: Checkpoints | None = None, callbacks: Sequence[Callback] = (), replay: Sequence[Task] = (),
+    ) -> Records:  # fmt: skip
         """Train branch and gate; returns a record per optimizer step. `validation` then holds the validation curve.
 
         Args:

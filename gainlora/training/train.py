@@ -67,16 +67,9 @@ def target_logits(model: Any, batch: dict[str, Tensor], encoder_decoder: bool) -
 
 
 def train_task(
-    model: GainLoRAModel,
-    rows: Any,
-    config: RunConfig,
-    task: int,
-    name: str,
-    pad_id: int,
-    checkpoints: Checkpoints,
-    validation: "Validation",
-    callback: Callback = Callback(),  # noqa: B008  does nothing and holds nothing
-) -> Records:
+    model: GainLoRAModel, rows: Any, config: RunConfig, task: int, name: str, pad_id: int, checkpoints: Checkpoints,
+    validation: "Validation", callback: Callback = Callback(),  # noqa: B008  does nothing and holds nothing
+) -> Records:  # fmt: skip
     """Train the started branch (and gate) on one task, resuming from its latest checkpoint, if any.
 
     The loss is the mean over all target tokens of a batch, independent of micro-batches and processes, plus the rule's

@@ -36,21 +36,14 @@ class Validation:
     """
 
     def __init__(
-        self,
-        rows: Mapping[str, Any],
-        keep_punctuation: Mapping[str, bool],
-        model: GainLoRAModel,
-        tokenizer: Any,
-        config: RunConfig,
-        epochs: int,
-        steps: int,
-    ) -> None:
+        self, rows: Mapping[str, Any], keep_punctuation: Mapping[str, bool], model: GainLoRAModel, tokenizer: Any,
+        config: RunConfig, epochs: int, steps: int,
+    ) -> None:  # fmt: skip
         self.rows, self.keep_punctuation = rows, keep_punctuation
         self.model, self.tokenizer, self.config = model, tokenizer, config
         per_epoch = math.ceil(AT_LEAST / epochs)
-        self.points = {
-            epoch * steps + math.ceil(steps * k / per_epoch) for epoch in range(epochs) for k in range(1, per_epoch + 1)
-        }
+        within = [math.ceil(steps * k / per_epoch) for k in range(1, per_epoch + 1)]
+        self.points = {epoch * steps + point for epoch in range(epochs) for point in within}
         self.records: Records = []
         self.best: list[Tensor] = []
 
