@@ -140,7 +140,7 @@ def main() -> None:
     for path, text in texts(records).items():
         path.write_text(text, encoding="utf-8")
     write_report(records, HERE, ReportConfig())
-    draw(Figures(records).runs, "smollm2-135m")
+    draw(Figures(records).runs, "gemma-3-270m")
 
 
 if __name__ == "__main__":
