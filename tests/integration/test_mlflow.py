@@ -68,20 +68,14 @@ def artifacts(client: Any, run_id: str, folder: str | None = None) -> set[str]:
 def test_one_parent_with_one_child_per_task(client: Any, logged: tuple[Path, str]) -> None:
     folder, parent = logged
     assert [run.info.run_id for run in runs(client, folder, children=False)] == [parent]
+    assert client.get_run(parent).info.run_name == f"gainlora-inflora-42-embedded-smollm2-135m-{folder.name[-8:]}"
+    kind = client.get_experiment_by_name("gainlora").tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"  # opens as model training
     children = runs(client, folder, children=True)
     assert [run.info.run_name for run in children] == [f"task_{t:02d}_{name}" for t, name in enumerate(THREE, 1)]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent}
     assert {run.info.status for run in [client.get_run(parent), *children]} == {"FINISHED"}
     assert children[0].info.end_time - children[0].info.start_time == 10_000  # the phases of scores.json
-
-
-def test_names_begin_with_method_and_seed_and_the_experiment_opens_as_model_training(
-    client: Any, logged: tuple[Path, str]
-) -> None:
-    folder, parent = logged
-    assert client.get_run(parent).info.run_name == f"gainlora-inflora-42-embedded-smollm2-135m-{folder.name[-8:]}"
-    kind = client.get_experiment_by_name("gainlora").tags["mlflow.experimentKind"]
-    assert kind == "custom_model_development"
 
 
 def test_every_task_is_a_logged_model_with_its_scores(client: Any, logged: tuple[Path, str]) -> None:
