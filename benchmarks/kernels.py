@@ -38,17 +38,8 @@ SIDES: dict[str, Callable[[Any], Any]] = {
     "1 branch, gated": lambda model: learned(model, 1),
     "15 branches, gated": lambda model: learned(model, MANY),
 }
-FREE = {
-    "empty",
-    "empty_strided",
-    "empty_like",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "lift_fresh",
-    "alias",
-    "_unsafe_view",
-}
+FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
+FREE |= {"_unsafe_view"}
 
 
 class Count(WithoutValues):

@@ -149,7 +149,6 @@ class Calls(TorchFunctionMode):
 
 class FakeGPU(TorchDispatchMode):
     """Args:
-    count: of GPUs.
     bfloat16: whether they compute in it.
     memory: bytes of the largest result of a product in training; None: any.
     """
@@ -157,11 +156,10 @@ class FakeGPU(TorchDispatchMode):
     active: FakeGPU
     asked_cpu = False
 
-    def __init__(self, count: int = 1, bfloat16: bool = True, memory: int | None = None) -> None:
+    def __init__(self, bfloat16: bool = True, memory: int | None = None) -> None:
         super().__init__()
-        self.count, self.bfloat16, self.memory = count, bfloat16, memory
+        self.bfloat16, self.memory = bfloat16, memory
         self.waits: Counter[str] = Counter()
-        self.operations: Counter[str] = Counter()
 
     def __enter__(self) -> Any:
         self.stack = ExitStack()
@@ -171,7 +169,7 @@ class FakeGPU(TorchDispatchMode):
             assert type(new) is Tensor and new.dtype == torch.uint8, "RNG state must be a torch.ByteTensor"
 
         for name, value in {
-            "is_available": lambda: True, "device_count": lambda: self.count, "current_device": lambda: 0,
+            "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
             "_lazy_init": lambda: None, "is_bf16_supported": lambda including_emulation=True: self.bfloat16,
             "get_rng_state": lambda device=None: state.clone(), "set_rng_state": set_rng_state,
             "synchronize": lambda device=None: None, "empty_cache": lambda: None,
@@ -235,8 +233,6 @@ class FakeGPU(TorchDispatchMode):
                 raise RuntimeError(f"indices should be on the same device as the indexed tensor, the CPU ({name})")
             if len(places) > 1 or any(t.dtype == torch.bool for t in tree_leaves(args[1])):
                 self.wait(f"{name} by a mask or by the CPU's indices")
-        if asked is not None and asked.type == "cuda" and (asked.index or 0) >= self.count:
-            raise RuntimeError("CUDA error: invalid device ordinal")
         if asked is not None and (asked.type != "cpu" or self.asked_cpu or not gpus):
             place = torch.device("cuda", asked.index or 0) if asked.type == "cuda" else asked
         else:
@@ -247,8 +243,6 @@ class FakeGPU(TorchDispatchMode):
                 self.wait(f"copy to the {'CPU' if place == CPU else 'GPU'}")
         if gpus and name in READS:
             self.wait(name)
-        if gpus or place.type == "cuda":
-            self.operations[name] += 1
 
         def cpu(value: Any) -> Any:
             return CPU if isinstance(value, torch.device) and value.type == "cuda" else value

@@ -110,17 +110,13 @@ class Shell:
 
     def __call__(self, command: str) -> str:
         """Run a command; what it prints. It must end with code 0."""
-        code, output = self.run(command)
-        assert code == 0, f"$ {command}\n{output}"
-        return output
-
-    def run(self, command: str) -> tuple[int, str]:
         assert self.bash.stdin and self.bash.stdout
         self.bash.stdin.write(f"{{ {self.here(command)}\n}} < /dev/null\nprintf '\\n__ended__ %s\\n' $?\n")
         lines: list[str] = []
         for line in self.bash.stdout:
             if line.startswith("__ended__ "):
-                return int(line.split()[1]), "".join(lines)
+                assert line.split()[1] == "0", f"$ {command}\n{''.join(lines)}"
+                return "".join(lines)
             lines.append(line)
         raise AssertionError(f"bash ended in: {command}\n{''.join(lines)}")
 

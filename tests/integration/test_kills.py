@@ -2,8 +2,6 @@
 
 import json
 import sqlite3
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +16,7 @@ RUNS, TRAINING = "gainlora.runs.", "gainlora.training."
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """A project in which the stream was never stopped: 3 tasks of 6 steps, a checkpoint after 2, 4 and 6."""
     root = project(tmp_path_factory.mktemp("whole"), **OPTIONS)
     assert in_a_process(run, root, METHOD) == 0
@@ -49,7 +47,7 @@ POINTS = {
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", POINTS)
-def test_killed_there_the_stream_ends_as_if_never_stopped(whole: Path, tmp_path: Path, name: str) -> None:
+def test_killed_there_the_stream_ends_as_if_never_stopped(whole, tmp_path, name):
     root = copy_of(whole, tmp_path / "killed")
     point, call = POINTS[name]
     killed_at(point, call, run, root, METHOD)
@@ -62,7 +60,7 @@ def test_killed_there_the_stream_ends_as_if_never_stopped(whole: Path, tmp_path:
 TRACKING = TrackingConfig(experiment="kills")
 
 
-def record(root: Path) -> None:
+def record(root):
     from gainlora.tracking import mlflow
 
     (folder,) = root.glob("runs/*")
@@ -84,7 +82,7 @@ MLFLOW = {
 
 
 @pytest.mark.slow
-def test_records_that_are_killed_again_and_again_are_there_once(tmp_path: Path) -> None:
+def test_records_that_are_killed_again_and_again_are_there_once(tmp_path):
     for name in ("killed", "whole"):
         write_run(tmp_path / name, [[84.0], [81.0, 88.0]], tasks=TASKS[:2])
     for point, call in MLFLOW.values():
@@ -94,7 +92,7 @@ def test_records_that_are_killed_again_and_again_are_there_once(tmp_path: Path) 
     assert stored(tmp_path / "killed") == stored(tmp_path / "whole")
 
 
-def stored(root: Path) -> dict[str, list[Any]]:
+def stored(root):
     """All that a store holds, without what is made up anew: run ids and times of day."""
     with sqlite3.connect(root / "mlruns" / "mlflow.db") as store:
         held = {"runs": store.execute("select name, status, lifecycle_stage from runs order by name").fetchall()}

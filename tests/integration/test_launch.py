@@ -25,17 +25,17 @@ OPTIONS = {"count": 2, "train__epochs": 4, "train__batch_size": 6, **SIZES}
 """Two tasks of 23 examples: 4 batches of which the last has 5, for two; 8 test examples in 3 batches."""
 
 
-def new_run(root: Path) -> Path:
+def new_run(root):
     with Run.create(config_of(root), root, load=False) as made:
         return made.folder
 
 
-def run(*command: str) -> None:
+def run(*command):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def learning(process: subprocess.Popen, folder: Path, pattern: str) -> list[psutil.Process]:
+def learning(process, folder, pattern):
     """What a launcher has started, once files of the run match."""
     while not list(folder.glob(pattern)):
         assert process.poll() is None

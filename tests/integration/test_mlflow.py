@@ -3,7 +3,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,13 +21,13 @@ REPORT = ReportConfig(decimals=1, dpi=50)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     """One store for all tests: creating its tables takes seconds."""
     return tmp_path_factory.mktemp("project")
 
 
 @pytest.fixture(scope="module")
-def client(root: Path) -> Any:
+def client(root):
     from mlflow import MlflowClient
 
     with store(TRACKING, root):
@@ -36,13 +35,13 @@ def client(root: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def logged(root: Path, client: Any) -> tuple[Path, str]:
+def logged(root, client):
     """A finished run, every call made twice."""
     folder = write_run(root, R, tasks=THREE)
     return folder, [log_all(folder, root) for _ in range(2)][-1]
 
 
-def log_all(folder: Path, root: Path, tracking: TrackingConfig = TRACKING) -> str:
+def log_all(folder, root, tracking=TRACKING):
     parent = tracked.start(folder, tracking, root)
     for task_folder in sorted(folder.glob("task_*")):
         tracked.record_task(folder, task_folder, parent, tracking, root)
@@ -51,23 +50,26 @@ def log_all(folder: Path, root: Path, tracking: TrackingConfig = TRACKING) -> st
     return parent
 
 
-def runs(client: Any, folder: Path, children: bool) -> list[Any]:
+def runs(client, folder, children):
     experiment = client.get_experiment_by_name("gainlora").experiment_id
     found = client.search_runs([experiment], f"tags.`gainlora.key` LIKE '{folder.name}{'/%' if children else ''}'")
     return sorted(found, key=lambda run: run.data.tags["gainlora.key"])
 
 
-def history(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
+def history(client, run_id, key):
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
 
 
-def artifacts(client: Any, run_id: str, folder: str | None = None) -> set[str]:
+def artifacts(client, run_id, folder=None):
     return {file.path for file in client.list_artifacts(run_id, folder)}
 
 
-def test_one_parent_with_one_child_per_task(client: Any, logged: tuple[Path, str]) -> None:
+def test_one_parent_with_one_child_per_task(client, logged):
     folder, parent = logged
     assert [run.info.run_id for run in runs(client, folder, children=False)] == [parent]
+    assert client.get_run(parent).info.run_name == f"gainlora-inflora-42-embedded-smollm2-135m-{folder.name[-8:]}"
+    kind = client.get_experiment_by_name("gainlora").tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"  # opens as model training
     children = runs(client, folder, children=True)
     assert [run.info.run_name for run in children] == [f"task_{t:02d}_{name}" for t, name in enumerate(THREE, 1)]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent}
@@ -75,16 +77,7 @@ def test_one_parent_with_one_child_per_task(client: Any, logged: tuple[Path, str
     assert children[0].info.end_time - children[0].info.start_time == 10_000  # the phases of scores.json
 
 
-def test_names_begin_with_method_and_seed_and_the_experiment_opens_as_model_training(
-    client: Any, logged: tuple[Path, str]
-) -> None:
-    folder, parent = logged
-    assert client.get_run(parent).info.run_name == f"gainlora-inflora-42-embedded-smollm2-135m-{folder.name[-8:]}"
-    kind = client.get_experiment_by_name("gainlora").tags["mlflow.experimentKind"]
-    assert kind == "custom_model_development"
-
-
-def test_every_task_is_a_logged_model_with_its_scores(client: Any, logged: tuple[Path, str]) -> None:
+def test_every_task_is_a_logged_model_with_its_scores(client, logged):
     folder, _ = logged
     experiment = client.get_experiment_by_name("gainlora").experiment_id
     for t, child in enumerate(runs(client, folder, children=True), start=1):
@@ -97,7 +90,7 @@ def test_every_task_is_a_logged_model_with_its_scores(client: Any, logged: tuple
     assert [model.name for model in best] == ["task_02_news_topic"]
 
 
-def test_the_parent_follows_the_sequence(client: Any, logged: tuple[Path, str]) -> None:
+def test_the_parent_follows_the_sequence(client, logged):
     folder, parent = logged
     assert history(client, parent, "AP") == [(1, 84.0), (2, 84.5), (3, 80.0)]
     assert history(client, parent, "FT") == [(2, 3.0), (3, 1.5)]
@@ -115,7 +108,7 @@ def test_the_parent_follows_the_sequence(client: Any, logged: tuple[Path, str]) 
     assert {"model", "dtype", "code", "version.torch"} <= data.tags.keys()
 
 
-def test_children_hold_curve_scores_and_files(client: Any, logged: tuple[Path, str]) -> None:
+def test_children_hold_curve_scores_and_files(client, logged):
     folder, _ = logged
     child = runs(client, folder, children=True)[1]
     run_id = child.info.run_id
@@ -132,7 +125,7 @@ def test_children_hold_curve_scores_and_files(client: Any, logged: tuple[Path, s
     assert {"scores.json", "coefficients.json", "subspace.json", "train.jsonl"} <= artifacts(client, run_id)
 
 
-def test_datasets_are_inputs(client: Any, logged: tuple[Path, str]) -> None:
+def test_datasets_are_inputs(client, logged):
     folder, parent = logged
     data = json.loads((folder / "data.json").read_text())
     inputs = client.get_run(parent).inputs.dataset_inputs
@@ -143,7 +136,7 @@ def test_datasets_are_inputs(client: Any, logged: tuple[Path, str]) -> None:
     assert (own.dataset.name, json.loads(own.dataset.source)) == (THREE[0], {"uri": data[THREE[0]]["path"]})
 
 
-def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path: Path) -> None:
+def test_R_as_table_and_figures(client, logged, tmp_path):
     _, parent = logged
     table = json.loads(Path(client.download_artifacts(parent, "R.json", str(tmp_path))).read_text())
     assert table["columns"] == ["after task", *THREE, "AP", "FT", "BWT", "LA", "AIA", "FWT"]
@@ -157,7 +150,7 @@ def test_R_as_table_and_figures(client: Any, logged: tuple[Path, str], tmp_path:
     assert artifacts(client, parent, "figures") == {f"figures/{name}.png" for name in names}
 
 
-def test_store_is_absolute_and_beside_the_artifacts(client: Any, root: Path, monkeypatch: Any, tmp_path: Path) -> None:
+def test_store_is_absolute_and_beside_the_artifacts(client, root, monkeypatch, tmp_path):
     assert client.get_experiment_by_name("gainlora").artifact_location == (root / "mlruns" / "artifacts").as_uri()
     assert tracking_uri(root) == f"sqlite:///{root}/mlruns/mlflow.db"
     monkeypatch.chdir(tmp_path)
@@ -168,7 +161,7 @@ def test_store_is_absolute_and_beside_the_artifacts(client: Any, root: Path, mon
         tracking_uri(tmp_path, "mlruns")
 
 
-def test_stopped_run_is_reopened(client: Any, root: Path) -> None:
+def test_stopped_run_is_reopened(client, root):
     folder = write_run(root, R[:2], "inflora", tasks=THREE)
     first = tracked.start(folder, TRACKING, root)
     assert client.get_run(first).info.status == "RUNNING"
@@ -184,7 +177,7 @@ def test_stopped_run_is_reopened(client: Any, root: Path) -> None:
     assert tracked.record_task(folder, task_folder, first, TRACKING, root) == child
 
 
-def test_task_learned_again_replaces_its_child_and_long_curves_are_thinned(client: Any, root: Path) -> None:
+def test_task_learned_again_replaces_its_child_and_long_curves_are_thinned(client, root):
     folder = write_run(root, R[:1], "inclora", tasks=THREE, steps=2500)
     parent = tracked.start(folder, TRACKING, root)
     task_folder = folder / "task_01_movie_sentiment"
@@ -197,19 +190,19 @@ def test_task_learned_again_replaces_its_child_and_long_curves_are_thinned(clien
     assert len(steps) <= tracked.POINTS and steps[-1] == 2500
 
 
-def test_starts_at_once_make_one_run(client: Any, root: Path) -> None:
+def test_starts_at_once_make_one_run(client, root):
     folder = write_run(root, [], "gainlora-inclora", tasks=THREE)
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: tracked.start(folder, TRACKING, root), range(4)))) == 1
 
 
-def test_a_deleted_experiment_is_named(client: Any, root: Path) -> None:
+def test_a_deleted_experiment_is_named(client, root):
     client.delete_experiment(client.create_experiment("old"))
     with pytest.raises(GainLoRAError, match=r"tracking\.experiment: 'old' was deleted"):
         tracked.start(next((root / "runs").iterdir()), TrackingConfig(experiment="old"), root)
 
 
-def test_runs_come_back_and_their_report_is_the_same(client: Any, root: Path, tmp_path: Path, capsys: Any) -> None:
+def test_runs_come_back_and_their_report_is_the_same(client, root, tmp_path, capsys):
     """Runs of several kinds: gated, with one branch, at once, unfinished."""
     other = TrackingConfig(experiment="other")
     folders = [
@@ -236,7 +229,7 @@ def test_runs_come_back_and_their_report_is_the_same(client: Any, root: Path, tm
     assert pages[0] == pages[1] and capsys.readouterr().err == ""
 
 
-def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step(client: Any, root: Path) -> None:
+def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step(client, root):
     folder = write_run(root, [R[2]], "multitask", 2, THREE, at_once=True)
     parent = log_all(folder, root)
     assert history(client, parent, "AP") == [(3, 80.0)]
@@ -245,7 +238,7 @@ def test_what_learns_all_at_once_counts_all_its_data_and_stands_at_the_last_step
     assert {i.dataset.name for i in child.inputs.dataset_inputs} == set(THREE)
 
 
-def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: Path, capsys: Any) -> None:
+def test_runs_that_cannot_be_read_are_named(root, client, tmp_path, capsys):
     broken = TrackingConfig(experiment="broken")
     with store(broken, root) as (_, experiment):
         client.create_run(experiment, tags={"gainlora.key": "old-run"})
@@ -259,7 +252,7 @@ def test_runs_that_cannot_be_read_are_named(root: Path, client: Any, tmp_path: P
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_names_of_any_length_and_a_folder_of_any_name(tmp_path: Path, monkeypatch: Any) -> None:
+def test_names_of_any_length_and_a_folder_of_any_name(tmp_path, monkeypatch):
     """And the model registry is that of the same store, whatever MLFLOW_REGISTRY_URI says."""
     from mlflow import MlflowClient
 

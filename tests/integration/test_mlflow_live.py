@@ -1,7 +1,6 @@
 """What MLflow shows of a run while it learns."""
 
 import json
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from tests.runs import create, project
 pytestmark = pytest.mark.slow
 
 
-def test_curves_and_system_metrics_appear_while_a_task_trains(tmp_path: Any, monkeypatch: Any) -> None:
+def test_curves_and_system_metrics_appear_while_a_task_trains(tmp_path, monkeypatch):
     """Also of a run that is stopped and resumed: every step is there once, with the values of train.jsonl."""
     from mlflow import MlflowClient
 
@@ -26,15 +25,15 @@ def test_curves_and_system_metrics_appear_while_a_task_trains(tmp_path: Any, mon
     class Watch(Callback):
         stop_at: int | None = 6
 
-        def on_step(self, record: dict[str, Any]) -> None:
+        def on_step(self, record):
             if record["step"] == self.stop_at:
                 Watch.stop_at = None
-                logger.curve.sent.result()  # type: ignore[union-attr]
+                logger.curve.sent.result()
                 (child,) = client.search_runs(["1"], "tags.`gainlora.key` LIKE '%/task_01_task1'")
                 seen.append((child.info.status, len(history(child, "train.loss"))))
                 raise KeyboardInterrupt
 
-    def history(child: Any, key: str) -> list[tuple[int, float]]:
+    def history(child, key):
         found = client.get_metric_history(child.info.run_id, key)
         return sorted((metric.step, metric.value) for metric in found)
 

@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 
 import psutil
 import pytest
 
-from gainlora import rules
 from tests.integration.conftest import CONTINUAL, SERVE, Project
 from tests.servers import JSON, post
 
@@ -130,22 +128,6 @@ def test_ctrl_c_is_recorded_and_the_same_command_resumes(served):
 
 
 # -- long ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-def test_the_flow_runs_with_every_method(served):
-    """In one process, as importing Prefect, MLflow and torch takes longer than learning."""
-    code = (
-        "import os; from flows.server import environment; from gainlora.prefect_server import find_server\n"
-        "os.environ.update(environment(find_server()))\n"
-        "from flows.continual import continual; from gainlora import rules\n"
-        "for method in rules.methods(): continual(order='tiny', method=method, train_limit=8, seed=7)"
-    )
-    served(sys.executable, "-c", code)
-    for method in rules.methods():
-        (folder,) = (served.folder / "runs").glob(f"tiny-{method}-*-7-*")
-        assert None not in json.loads((folder / "result.json").read_text())["R"][-1]
-        assert served.mlflow_runs()[folder.name] == ["FINISHED"]
 
 
 @pytest.mark.long

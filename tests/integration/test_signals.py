@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import psutil
 import pytest
@@ -30,7 +29,7 @@ RUN = ("gainlora", "run", "tiny")
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_stopped_in_training_it_resumes_to_the_same_end(tmp_path: Path, model: Path) -> None:
+def test_stopped_in_training_it_resumes_to_the_same_end(tmp_path, model):
     project = Project(tmp_path, model, **OPTIONS)
     secrets = {name: f"s3cret-{uuid.uuid4().hex}" for name in SECRETS}
     project.environment |= secrets
@@ -58,9 +57,7 @@ def test_stopped_in_training_it_resumes_to_the_same_end(tmp_path: Path, model: P
 @pytest.mark.long
 @pytest.mark.parametrize("number, code", SIGNALS)
 @pytest.mark.parametrize("seconds", [3, 6])  # it is importing, or opening the run
-def test_stopped_at_its_start_it_ends_without_a_trace(
-    tmp_path: Path, model: Path, number: signal.Signals, code: int, seconds: float
-) -> None:
+def test_stopped_at_its_start_it_ends_without_a_trace(tmp_path, model, number, code, seconds):
     process = Project(tmp_path, model).start(*RUN)
     time.sleep(seconds)
     process.send_signal(number)
@@ -68,7 +65,7 @@ def test_stopped_at_its_start_it_ends_without_a_trace(
     assert process.returncode == code and "Traceback" not in output, output
 
 
-def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def children_of(process):
     end = time.monotonic() + 120
     while not (found := psutil.Process(process.pid).children(recursive=True)):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -77,7 +74,7 @@ def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
-def test_stopped_in_fetch_it_takes_pip_along(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_stopped_in_fetch_it_takes_pip_along(tmp_path, number, code):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # an index that never answers
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
         environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/"}

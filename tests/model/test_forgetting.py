@@ -19,11 +19,11 @@ TOPICS, WORDS, TASKS = 12, 5, 3
 LABELS = ["red", "green", "blue", "up"]
 
 
-def words(topic: int, chooser: random.Random, count: int) -> list[str]:
+def words(topic, chooser, count):
     return [f"w{WORDS * topic + chooser.randrange(WORDS)}" for _ in range(count)]
 
 
-def pretrain(folder) -> None:
+def pretrain(folder):
     """Next-word prediction on texts of one topic each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +50,7 @@ def pretrain(folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_tasks(folder) -> list[str]:
+def write_tasks(folder):
     """Task k: which of its four topics is the text about? The same four labels serve every task."""
     chooser, names = random.Random(1), []
     for k in range(TASKS):

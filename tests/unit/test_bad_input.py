@@ -1,8 +1,6 @@
 """Bad task files, params.yaml and command lines: one error with name, value and remedy, and nothing is written."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +27,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def entries(folder: Path) -> dict[str, int]:
+def entries(folder):
     return {
         str(p): p.lstat().st_mtime_ns
         for p in sorted(folder.rglob("*"))
@@ -37,7 +35,7 @@ def entries(folder: Path) -> dict[str, int]:
     }
 
 
-def refused(project: Path, capsys, *arguments: str) -> str:
+def refused(project, capsys, *arguments):
     """What one command says, refused: code 1, one line and perhaps a page, and no file made or changed."""
     before = entries(project)
     assert main(list(arguments)) == 1
@@ -49,7 +47,7 @@ def refused(project: Path, capsys, *arguments: str) -> str:
     return said
 
 
-def one(text: str = '"a"', answer: str = '"b"', more: str = "") -> bytes:
+def one(text='"a"', answer='"b"', more=""):
     return f'{{{more}"Instances": [{{"input": {text}, "output": {answer}}}]}}'.encode()
 
 
@@ -214,7 +212,7 @@ def test_a_run_or_result_file_of_wrong_values(project, capsys):
     refused(project, capsys, "results", str(folder))
 
 
-def spoiled(value: object) -> Iterator[object]:
+def spoiled(value):
     """JSON values that differ from this one in one place."""
     yield from (None, "x", [])
     if isinstance(value, dict):

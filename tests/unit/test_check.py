@@ -8,7 +8,7 @@ from gainlora.__main__ import main
 from tests.runs import learn, project
 
 
-def said(capsys, *arguments: str) -> list[str]:
+def said(capsys, *arguments):
     assert main(["check", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 

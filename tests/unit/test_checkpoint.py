@@ -23,7 +23,7 @@ class Stopped(Exception):
     pass
 
 
-def stop_at(monkeypatch, partial, steps, when) -> None:
+def stop_at(monkeypatch, partial, steps, when):
     """Let training stop just before or after the checkpoint of that many steps is written."""
     save = Checkpoints.save
 

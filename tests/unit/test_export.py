@@ -32,10 +32,10 @@ RELEASED |= {"adapter_config.json", "run.json", "README.md"}
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """Finished runs by family and method, each learned once."""
-    roots: dict[str, Path] = {}
-    runs: dict[tuple[str, str], Path] = {}
+    roots = {}
+    runs = {}
 
-    def get(kind: str, method: str) -> Path:
+    def get(kind, method):
         if kind not in roots:
             roots[kind] = project(tmp_path_factory.mktemp(kind), kind)
             (roots[kind] / "data" / "tiny" / "README.md").write_text("# Tiny\n\n## Sources and licences\n\n* made up\n")
@@ -53,12 +53,12 @@ def gated(learned):
     return learned("llama", "gainlora-inflora")
 
 
-def said(capsys, *arguments) -> str:
+def said(capsys, *arguments):
     assert main([str(a) for a in arguments]) == 0
     return capsys.readouterr().out
 
 
-def refused(capsys, *arguments) -> str:
+def refused(capsys, *arguments):
     assert main([str(a) for a in arguments]) == 1
     out, err = capsys.readouterr()
     message, *page = err.splitlines()
@@ -245,13 +245,13 @@ def test_a_run_goes_to_the_hub_and_comes_back(gated, tmp_path, capsys, monkeypat
 # -- peft and plain weights --------------------------------------------------------------------------------
 
 
-def logits(model, kind: str, ids: torch.Tensor) -> torch.Tensor:
+def logits(model, kind, ids):
     decoder = {"decoder_input_ids": ids[:, :3]} if kind == "t5" else {}
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
 
 
-def fresh(run: Path, kind: str):
+def fresh(run, kind):
     auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     return auto.from_pretrained(run.parent.parent / "base").eval()
 

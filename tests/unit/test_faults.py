@@ -1,8 +1,5 @@
 """What cannot go on says why, by task and layer or by file, keeps what is whole, and goes on once it is mended."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +12,7 @@ METHOD = "gainlora-inflora"
 LAYER = r"model\.layers\.\d\.self_attn\.q_proj"
 
 
-def left(root: Path) -> list[str]:
+def left(root):
     """What is in the run folder, beside its description; every task folder in it is whole."""
     (folder,) = root.glob("runs/tiny-*")
     for task in folder.glob("task_*"):
@@ -23,7 +20,7 @@ def left(root: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*task_*"))
 
 
-def infinite_inputs(root: Path) -> None:
+def infinite_inputs(root):
     """Words of task 2 get an embedding that is not finite."""
     path = root / "base" / "model.safetensors"
     weights = load_file(path)
@@ -31,7 +28,7 @@ def infinite_inputs(root: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_inputs_that_are_not_finite_are_named_with_task_and_layer(tmp_path: Path, monkeypatch: Any) -> None:
+def test_inputs_that_are_not_finite_are_named_with_task_and_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("gainlora.training.learner.check_behavior", lambda *_: None)  # may meet those inputs first
     root = project(tmp_path)
     infinite_inputs(root)
@@ -45,16 +42,16 @@ def test_inputs_that_are_not_finite_are_named_with_task_and_layer(tmp_path: Path
 
 
 @pytest.mark.parametrize("which", [0, -1])  # of task 2's: for its A, and for its gate's memory
-def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path: Path, monkeypatch: Any, which: int) -> None:
+def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path, monkeypatch, which):
     root, whole = project(tmp_path, count=2), tmp_path / "expected"
-    calls: list[bool] = []  # whether task 1 is learned
-    fails: list[int] = []
+    calls = []  # whether task 1 is learned
+    fails = []
     eigh = torch.linalg.eigh
 
-    def counted(matrix: torch.Tensor) -> Any:
+    def counted(matrix):
         calls.append(any(whole.glob("runs/*/task_01_*")))
         if len(calls) in fails:
-            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+            raise torch.linalg.LinAlgError("did not converge")
         return eigh(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
@@ -67,11 +64,11 @@ def test_a_decomposition_that_fails_is_named_and_taken_again(tmp_path: Path, mon
     assert tensors(learn(root).task_folder(2)) == tensors(expected)
 
 
-def test_a_branch_that_is_not_finite_after_its_last_step_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_branch_that_is_not_finite_after_its_last_step_is_refused(tmp_path, monkeypatch):
     """No later loss would show it."""
     root, step = project(tmp_path, count=1), torch.optim.AdamW.step
 
-    def overflowing(self: Any, *arguments: Any) -> None:
+    def overflowing(self, *arguments):
         step(self, *arguments)
         self.param_groups[0]["params"][-1].data[0, 0] = torch.inf
 

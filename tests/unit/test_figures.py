@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from tests.fake_run import mean_coefficients
 from tests.unit.test_report import R, run_of
 
 
-def test_heat_maps_hold_R_and_the_coefficients(tmp_path: Path) -> None:
+def test_heat_maps_hold_R_and_the_coefficients(tmp_path):
     made = run_figures(run_of(tmp_path, R), 1)
     axes = made["accuracy_matrix"][0].axes[0]
     cells = axes.images[0].get_array()
@@ -25,7 +24,7 @@ def test_heat_maps_hold_R_and_the_coefficients(tmp_path: Path) -> None:
     assert coefficients.texts[0].get_text() == "0.90\n± 0.07"
 
 
-def test_curves_hold_R_AP_memory_and_seconds(tmp_path: Path) -> None:
+def test_curves_hold_R_AP_memory_and_seconds(tmp_path):
     made = run_figures(run_of(tmp_path, R), 1)
     lines = {line.get_label(): line for line in made["accuracy_curves"][0].axes[0].lines}
     assert [list(line.get_ydata()) for line in lines.values()] == [[84, 84.5, 80], [84, 81, 82], [88, 87], [71]]
@@ -40,7 +39,7 @@ def test_curves_hold_R_AP_memory_and_seconds(tmp_path: Path) -> None:
     assert {*run_figures(at_once, 1)} == {"accuracy_matrix", "seconds"}
 
 
-def test_validation_curves_are_shown_where_recorded(tmp_path: Path) -> None:
+def test_validation_curves_are_shown_where_recorded(tmp_path):
     record = run_of(tmp_path, R)
     curve = [{"step": 6, "score": 50.0, "loss": 1.0}, {"step": 12, "score": 75.0, "loss": 0.5}]
     record = replace(record, steps=[replace(record.steps[0], validation=curve), *record.steps[1:]])
@@ -48,7 +47,7 @@ def test_validation_curves_are_shown_where_recorded(tmp_path: Path) -> None:
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([6, 12], [50, 75])
 
 
-def test_a_panel_has_few_lines_that_differ_without_colour() -> None:
+def test_a_panel_has_few_lines_that_differ_without_colour():
     rules = [prefix + rule for rule in "abcdefgh" for prefix in ("", "gainlora-")]
     curve = pd.DataFrame({"mean": [1.0, 2.0]}, index=[1, 2])
     figure = plots.curves({"AP": dict.fromkeys(rules, curve)}, "tasks", "AP")

@@ -1,7 +1,6 @@
 """Task files of the usual formats: what is recognized, what becomes of it, and what is refused."""
 
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -16,7 +15,7 @@ ROWS = [("The page stays white", "support"), ("A wrong, or late, sum", "billing"
 TABLE = [dict(zip(("text", "label"), row, strict=True)) for row in ROWS]
 
 
-def tables(folder: Path) -> dict[str, Path]:
+def tables(folder):
     """The same rows in a file of each format."""
     lines = ["text{0}label", *('"{}"{{0}}{}'.format(*row) for row in ROWS)]
     (folder / "comma.csv").write_text("\n".join(lines).format(","), encoding="utf-8")
@@ -32,7 +31,7 @@ def tables(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
-def pairs(task_or_split) -> list[tuple[str, str]]:
+def pairs(task_or_split):
     return [(example.input, *example.references) for example in task_or_split]
 
 

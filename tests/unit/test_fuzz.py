@@ -1,7 +1,6 @@
 """Anything at all as task file or params.yaml: it is read, or refused by one error; nothing else is ever raised."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -35,19 +34,19 @@ INSTANCES = st.lists(
 FILES = st.fixed_dictionaries({}, optional={"Definition": st.lists(TEXT) | VALUES, "Instances": INSTANCES | VALUES})
 
 
-def one_line(error: GainLoRAError) -> None:
+def one_line(error):
     text = str(error)
     assert text and len(text.splitlines()) == 1 and len(text) <= LONGEST + 5
 
 
-def written(folder: Path, train: bytes, test: bytes) -> Path:
+def written(folder, train, test):
     folder.mkdir(exist_ok=True)
     (folder / "train.json").write_bytes(train)
     (folder / "test.json").write_bytes(test)
     return folder
 
 
-def reads_or_refuses(folder: Path) -> None:
+def reads_or_refuses(folder):
     try:
         task = read_task(folder, "superni", "rouge_l")
     except GainLoRAError as error:
@@ -101,7 +100,7 @@ DATES = st.dates() | st.datetimes() | st.binary(max_size=5)
 ODD = VALUES | DATES | st.lists(TEXT) | st.dictionaries(NUMBERS | TEXT, VALUES, max_size=3)
 
 
-def loads_or_refuses(params: Path, overrides: dict) -> None:
+def loads_or_refuses(params, overrides):
     try:
         config = load_config("o", overrides, params)
     except GainLoRAError as error:

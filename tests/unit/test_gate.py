@@ -11,19 +11,19 @@ from gainlora.model.gate import Gate, GateWeights, coefficient, first_hidden, ne
 D, HIDDEN = 24, 10
 
 
-def make_gate(depth: int, score: str, dtype: torch.dtype, seed: int = 0) -> GateWeights:
+def make_gate(depth, score, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     hidden = [w.to(dtype) for w in first_hidden(widths(D, HIDDEN, depth), g)]
     return GateWeights(hidden, torch.randn(1, D, generator=g).to(dtype))
 
 
-def sample_basis(p: torch.Tensor) -> torch.Tensor:
+def sample_basis(p):
     """Orthonormal basis of the rows of p (n, d): from the samples themselves, not their covariance."""
     _, s, vh = torch.linalg.svd(p, full_matrices=False)
     return vh[s > 1e-12 * s[0]].T
 
 
-def train(gate: Gate, x: torch.Tensor, steps: int = 30, optimizer=torch.optim.AdamW, **kwargs) -> None:
+def train(gate, x, steps=30, optimizer=torch.optim.AdamW, **kwargs):
     opt = optimizer(gate.parameters(), lr=0.05, **kwargs)
     for _ in range(steps):
         opt.zero_grad()

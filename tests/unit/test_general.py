@@ -1,7 +1,6 @@
 """What is measured beside R: a task before it is learned, general ability on plain text, gates as routers."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from tests.runs import create, learn, learner, project, rows, state
 from tests.tiny import tiny_llama, tiny_t5, tiny_tokenizer
 
 
-def task(name: str, first: int) -> Task:
+def task(name, first):
     return Task(name, rows(first), rows(first), "Sort")
 
 
 @torch.no_grad()
-def losses_one_by_one(base: torch.nn.Module, tokenizer: object) -> float:
+def losses_one_by_one(base, tokenizer):
     """Mean loss of each sentence's second half, each alone and unpadded, by transformers."""
     total, count = 0.0, 0
     for words in map(str.split, sentences()):
@@ -38,7 +37,7 @@ def losses_one_by_one(base: torch.nn.Module, tokenizer: object) -> float:
 
 
 @pytest.mark.parametrize("made", [tiny_llama, tiny_t5])
-def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made) -> None:
+def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made):
     alone = losses_one_by_one(made().eval(), tiny_tokenizer())
     mine = learner((made(), tiny_tokenizer()))
     new = general_ability(mine.model, mine.tokenizer)
@@ -49,7 +48,7 @@ def test_general_ability_is_the_loss_of_plain_text_under_model_and_base(made) ->
     assert abs(learned["loss"] - learned["base_loss"]) > 1e-4 and len(learned["text"]) == 64
 
 
-def test_a_task_is_also_answered_before_it_is_learned() -> None:
+def test_a_task_is_also_answered_before_it_is_learned():
     mine, second = learner(), task("two", 30)
     mine.learn(task("one", 0))
     before = mine.evaluate([second])["two"]
@@ -64,7 +63,7 @@ def test_a_task_is_also_answered_before_it_is_learned() -> None:
     )
 
 
-def test_a_method_that_needs_the_task_has_no_forward_transfer() -> None:
+def test_a_method_that_needs_the_task_has_no_forward_transfer():
     mine = learner(method="single")
     mine.learn(task("one", 0))
     mine.learn(task("two", 30))
@@ -72,7 +71,7 @@ def test_a_method_that_needs_the_task_has_no_forward_transfer() -> None:
     assert not row["before"] and row["FWT"] is None and row["general"] == {}
 
 
-def test_replay_trains_on_a_share_of_every_earlier_task_and_survives_a_restart(tmp_path: Path) -> None:
+def test_replay_trains_on_a_share_of_every_earlier_task_and_survives_a_restart(tmp_path):
     whole = learn(project(tmp_path / "whole"), data__replay=0.25)
     root = project(tmp_path / "parts")
     for t in (1, 2):
@@ -87,7 +86,7 @@ def test_replay_trains_on_a_share_of_every_earlier_task_and_survives_a_restart(t
     assert count == [3, math.ceil((24 + 12) / 8)]
 
 
-def test_replay_in_memory_goes_on_after_loading(tmp_path: Path) -> None:
+def test_replay_in_memory_goes_on_after_loading(tmp_path):
     mine = learner(replay=0.2)
     mine.learn(task("one", 0))
     mine.save(tmp_path / "adapter")

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from gainlora.runs.run import Run
 from tests.runs import config_of, create, learn, project, state
 from tests.tiny import tiny_llama
 
-ANOTHER: dict[str, object] = {
+ANOTHER = {
     "seed": 2,
     "order.template": "superni",
     "order.metric": "rouge_l",
@@ -65,7 +64,7 @@ ANOTHER: dict[str, object] = {
     "evaluate.num_beams": 2,
 }
 """Option -> another value, which decides other numbers where the method uses it."""
-NEVER: dict[str, object] = {
+NEVER = {
     "model.source": None,
     "model.device_map": "auto",
     "data.skip_incomplete": True,
@@ -88,7 +87,7 @@ UNUSED = {
 }
 
 
-def options(values: dict, prefix: str = "") -> list[str]:
+def options(values, prefix=""):
     return [
         name
         for key, value in values.items()
@@ -101,11 +100,11 @@ def root(tmp_path_factory):
     return project(tmp_path_factory.mktemp("identity"))
 
 
-def tasks(**digests: str) -> list[identity.TaskData]:
+def tasks(**digests):
     return [identity.TaskData(name, sha256, 24) for name, sha256 in digests.items()]
 
 
-def ids(root: Path, method: str, **changed: object) -> list[str]:
+def ids(root, method, **changed):
     values = config_of(root, method=method).learning()
     for name, value in changed.items():
         section, _, option = name.rpartition(".")
@@ -194,7 +193,7 @@ def test_another_tokenizer_or_configuration_is_another_base_model(tmp_path, name
 
 def test_processes_that_start_together_hash_a_base_once(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "base")
-    hashed: list[str] = []
+    hashed = []
     monkeypatch.setattr(identity, "sha256", lambda path: hashed.append(path.name) or time.sleep(0.01) or "hash")
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: identity.base_fingerprint(str(tmp_path / "base"), tmp_path), range(8)))
@@ -203,7 +202,7 @@ def test_processes_that_start_together_hash_a_base_once(tmp_path, monkeypatch):
 
 def test_fingerprints_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "base")
-    hashed: list[str] = []
+    hashed = []
     monkeypatch.setattr(identity, "sha256", lambda path: hashed.append(path.name) or str(path.stat().st_mtime_ns))
     first = identity.base_fingerprint(str(tmp_path / "base"), tmp_path)
     assert "model.safetensors" in hashed and "generation_config.json" not in hashed

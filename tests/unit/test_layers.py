@@ -10,7 +10,7 @@ from tests.fake_gpu import FakeGPU
 from tests.tiny import tiny_llama, tiny_t5
 
 
-def make_layer(branches: int, gated: bool = True, rank: int = 3, d_in: int = 10, d_out: int = 7) -> GatedLoRALinear:
+def make_layer(branches, gated=True, rank=3, d_in=10, d_out=7):
     torch.manual_seed(branches)
     layer = GatedLoRALinear(nn.Linear(d_in, d_out, bias=False), rank, 1.7, Integration(gated))
     layer.base.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -19,17 +18,17 @@ from tests.runs import create, flip, learn, project, state, tensors
 TWO = {"order__tasks": ["task1", "task2"]}
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def add(name: Path | str, source: Path) -> Run:
+def add(name, source):
     with Run.open(name) as run, extended(run, source) as longer:
         longer.learn()
     return longer
 
 
-def forget(name: Path | str) -> Run:
+def forget(name):
     with Run.open(name) as run, shortened(run) as shorter:
         return shorter
 

@@ -17,12 +17,12 @@ from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
 MAKERS = {"llama": tiny_llama, "t5": tiny_t5}
 
 
-def make(kind: str, branches: int = 2, gated: bool = True, learning: bool = False, base=None) -> GainLoRAModel:
+def make(kind, branches=2, gated=True, learning=False, base=None):
     """A model with random branches and gates; the last one still learning if asked."""
     return tiny_adapter(base or MAKERS[kind](), branches, gated, learning).eval()
 
 
-def rows(*lengths: int) -> list[dict]:
+def rows(*lengths):
     g = torch.Generator().manual_seed(1)
     return [
         {"prompt_ids": torch.randint(3, 60, (n,), generator=g).tolist(), "target_ids": [70 + n % 3] * (n // 4) + [1]}

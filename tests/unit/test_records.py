@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +11,7 @@ from gainlora.runs.result_files import export, write_result_file
 from tests.fake_run import BASE, BEFORE, THREE, R, stored, write_run
 
 
-def edit(path: Path, **values: Any) -> None:
+def edit(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -21,7 +19,7 @@ def edit(path: Path, **values: Any) -> None:
     ("method", "scores", "at_once"),
     [("gainlora-inflora", R, False), ("seqlora", R, False), ("multitask", [R[2]], True), ("inclora", [[55.0]], False)],
 )
-def test_a_run_comes_back_whole(tmp_path: Path, method: str, scores: list[list[float]], at_once: bool) -> None:
+def test_a_run_comes_back_whole(tmp_path, method, scores, at_once):
     folder = write_run(tmp_path, scores, method, tasks=THREE[: len(scores[-1])], at_once=at_once)
     run = read_run(folder)
     write_result_file(run, tmp_path / "x.json")
@@ -31,7 +29,7 @@ def test_a_run_comes_back_whole(tmp_path: Path, method: str, scores: list[list[f
     assert run.result == json.loads((folder / "result.json").read_text())
 
 
-def test_R_and_measures_are_those_of_the_scores(tmp_path: Path) -> None:
+def test_R_and_measures_are_those_of_the_scores(tmp_path):
     run = read_run(write_run(tmp_path, R[:2], tasks=THREE))
     assert run.R == [[84.0, None, None], [81.0, 88.0, None], [None] * 3] and not run.complete
     assert [run.measures(step) for step in run.steps] == [
@@ -45,7 +43,7 @@ def test_R_and_measures_are_those_of_the_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scores.json", "coefficients.json", "subspace.json", "train.jsonl"])
-def test_a_changed_file_of_a_finished_task_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_changed_file_of_a_finished_task_is_refused(tmp_path, name):
     folder = write_run(tmp_path, R, tasks=THREE)
     task = folder / "task_02_news_topic"
     (task / name).write_text((task / name).read_text() + " ")
@@ -56,7 +54,7 @@ def test_a_changed_file_of_a_finished_task_is_refused(tmp_path: Path, name: str)
         read_run(folder)
 
 
-def test_measures_that_are_not_those_of_the_scores_are_refused(tmp_path: Path) -> None:
+def test_measures_that_are_not_those_of_the_scores_are_refused(tmp_path):
     path = tmp_path / "x.json"
     write_result_file(read_run(write_run(tmp_path, R, tasks=THREE)), path)
     content = path.read_text()
@@ -67,7 +65,7 @@ def test_measures_that_are_not_those_of_the_scores_are_refused(tmp_path: Path) -
         path.write_text(content)
 
 
-def test_what_is_damaged_or_no_run_is_named(tmp_path: Path) -> None:
+def test_what_is_damaged_or_no_run_is_named(tmp_path):
     with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: not found"):
         read_record(tmp_path / "nowhere")
     with pytest.raises(GainLoRAError, match="2 of 3 tasks are learned"):
@@ -83,7 +81,7 @@ def test_what_is_damaged_or_no_run_is_named(tmp_path: Path) -> None:
         read_run(folder)
 
 
-def test_older_folders_have_defaults(tmp_path: Path) -> None:
+def test_older_folders_have_defaults(tmp_path):
     folder = write_run(tmp_path, R, tasks=THREE)
     run = read_run(folder)
     described = json.loads((folder / "config.json").read_text())
@@ -92,7 +90,7 @@ def test_older_folders_have_defaults(tmp_path: Path) -> None:
     assert read_run(folder).options == run.options and read_run(folder).complete
 
 
-def test_validation_curves_are_read_and_kept_in_result_files(tmp_path: Path) -> None:
+def test_validation_curves_are_read_and_kept_in_result_files(tmp_path):
     task = write_run(tmp_path, R, tasks=THREE) / "task_01_movie_sentiment"
     curve = [{"step": 6, "loss": 1.0, "score": 50.0}, {"step": 12, "loss": 0.5, "score": 75.0}]
     content = "".join(json.dumps(row) + "\n" for row in curve)
@@ -103,13 +101,13 @@ def test_validation_curves_are_read_and_kept_in_result_files(tmp_path: Path) -> 
     assert read_result_file(export(run, tmp_path)) == run
 
 
-def test_stored_parameters_are_counted_from_the_files(tmp_path: Path) -> None:
+def test_stored_parameters_are_counted_from_the_files(tmp_path):
     gated, equal = (read_run(write_run(tmp_path, R, method, tasks=THREE)) for method in ("gainlora-inclora", "inclora"))
     assert [step.total("stored") for step in gated.steps] == [sum(stored(t, gated=True).values()) for t in (1, 2, 3)]
     assert [equal.steps[0].values[Key(f"stored.{kind}")] for kind in ("adapter", "subspace")] == [600, 12]
 
 
-def test_a_result_file_begins_with_the_result_a_row_of_R_per_line(tmp_path: Path) -> None:
+def test_a_result_file_begins_with_the_result_a_row_of_R_per_line(tmp_path):
     scores = [[84.123456], [81.0, 88.0], [200 / 3, 87.0, 71.0]]
     path = export(read_run(write_run(tmp_path, scores, tasks=THREE)), tmp_path / "results")
     assert path == tmp_path / "results" / "embedded" / "gainlora-inflora-smollm2-135m-42.json"
@@ -118,7 +116,7 @@ def test_a_result_file_begins_with_the_result_a_row_of_R_per_line(tmp_path: Path
     assert read_result_file(path).R[2] == [66.6667, 87.0, 71.0]
 
 
-def test_a_result_file_is_replaced_by_its_own_run_alone(tmp_path: Path) -> None:
+def test_a_result_file_is_replaced_by_its_own_run_alone(tmp_path):
     plain, other_code = (read_run(write_run(tmp_path, R, tasks=THREE, code=code)) for code in ("c0de", "beef"))
     ablated = read_run(write_run(tmp_path, R, tasks=THREE, options={"gate.constrain_update": False}))
     out = tmp_path / "results"
@@ -138,7 +136,7 @@ def test_a_result_file_is_replaced_by_its_own_run_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["run_id", "order", "method", "tasks"])
 @pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", ".hidden", "", "a\x1b[31mb"])
-def test_a_foreign_file_writes_nowhere_else(tmp_path: Path, key: str, name: str) -> None:
+def test_a_foreign_file_writes_nowhere_else(tmp_path, key, name):
     """Names in it become parts of the report's paths."""
     path = tmp_path / "in" / "x.json"
     write_result_file(read_run(write_run(tmp_path, R, tasks=THREE)), path)

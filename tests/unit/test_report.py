@@ -3,8 +3,6 @@
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,7 +21,7 @@ from gainlora.report.frame import (
 )  # fmt: skip
 from gainlora.report.one_run import matrix_table
 from gainlora.report.report import report_page
-from gainlora.runs.records import Record, read_run
+from gainlora.runs.records import read_run
 from gainlora.sections import ReportConfig
 from tests.fake_run import FORGETS, THREE, R, run_of, write_run
 
@@ -31,9 +29,7 @@ REPORT = ReportConfig(decimals=1, dpi=40)
 FIFTEEN = [f"task{i}" for i in range(15)]
 
 
-def run(
-    root: Path, AP: float, method: str = "gainlora-inflora", seed: int = 42, drop: float = 0.0, **how: Any
-) -> Record:
+def run(root, AP, method="gainlora-inflora", seed=42, drop=0.0, **how):
     """A run that ends with this AP; each earlier task lost `drop` (FT)."""
     tasks = how.pop("tasks", THREE)
     T = len(tasks)
@@ -41,7 +37,7 @@ def run(
     return read_run(write_run(root, matrix, method, seed, tasks, steps=1, examples=2, **how))
 
 
-def section(records: list[Record], heading: str) -> list[list[str]]:
+def section(records, heading):
     """The rows of the first table below a heading of the report."""
     text = report_page(records, 1).markdown.partition(f" {heading}\n")[2]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
@@ -49,20 +45,20 @@ def section(records: list[Record], heading: str) -> list[list[str]]:
     return rows[:1] + rows[2:after]
 
 
-def names(frame: Frame, groups: pd.DataFrame | None = None) -> list[str]:
+def names(frame, groups=None):
     return list((frame.groups if groups is None else groups)["name"])
 
 
 # ---- the terminal -------------------------------------------------------------------------------
 
 
-def printed(results: list[dict[str, Any]], decimals: int = 1, width: int = 100) -> str:
+def printed(results, decimals=1, width=100):
     console = Console(file=io.StringIO(), width=width)
     console.print(matrix_table(results, decimals))
     return console.file.getvalue()
 
 
-def test_console_tables_hold_R_and_the_measures(tmp_path: Path) -> None:
+def test_console_tables_hold_R_and_the_measures(tmp_path):
     text = printed([run_of(tmp_path, R).result])
     assert re.search(r"3 text_source +82\.0 +87\.0 +71\.0", text) and "AP 80.0   FT 1.5   BWT -1.5" in text
     several = printed([run_of(tmp_path, FORGETS, "seqlora").result, run_of(tmp_path, R[:1], "inflora").result], 2)
@@ -74,8 +70,8 @@ def test_console_tables_hold_R_and_the_measures(tmp_path: Path) -> None:
     assert re.search(r"^ *15 +" + r"57\.0 *" * 15, text, re.MULTILINE), text
 
 
-def test_methods_differ_where_the_intervals_over_seeds_and_over_examples_exclude_0(tmp_path: Path) -> None:
-    def ends_at(AP: float, method: str, seed: int) -> Record:
+def test_methods_differ_where_the_intervals_over_seeds_and_over_examples_exclude_0(tmp_path):
+    def ends_at(AP, method, seed):
         return read_run(write_run(tmp_path, [[AP]], method, seed, THREE[:1], steps=1, examples=400))
 
     pairs = [(ends_at(80, "gainlora-inflora", seed), ends_at(70, "inflora", seed)) for seed in (1, 2)]
@@ -90,7 +86,7 @@ def test_methods_differ_where_the_intervals_over_seeds_and_over_examples_exclude
     assert not differs(clear, example_bounds([])) and not differs(clear, (-high, -low))
 
 
-def test_what_was_learned_and_passed_on_stands_beside_single(tmp_path: Path) -> None:
+def test_what_was_learned_and_passed_on_stands_beside_single(tmp_path):
     records = [run_of(tmp_path, R), run_of(tmp_path, [[90.0], [90.0, 95.0], [90.0, 95.0, 97.0]], "single")]
     gated, single = section(records, "Learning, transfer and general ability")[1:]
     assert gated[3:8] == ["81.0", "82.8", "4.0", "13.0", "0.250"] and single[3] == "94.0"
@@ -103,11 +99,11 @@ def test_what_was_learned_and_passed_on_stands_beside_single(tmp_path: Path) -> 
     ("values", "text"),
     [([], "-"), ([None], "-"), ([80.0], "80.0"), ([80.0, 76.0, None], "78.0 ± 2.8"), ([1.0, 2.0, 3.0], "2.0 ± 1.0")],
 )
-def test_spread_is_the_mean_and_the_sample_deviation(values: list[float | None], text: str) -> None:
+def test_spread_is_the_mean_and_the_sample_deviation(values, text):
     assert spread(values, 1) == text
 
 
-def test_paired_differences_have_a_t_interval(tmp_path: Path) -> None:
+def test_paired_differences_have_a_t_interval(tmp_path):
     records = [run(tmp_path, AP, seed=seed, drop=2) for seed, AP in ((1, 80), (2, 84), (3, 10))]
     records += [run(tmp_path, 70, "inflora", seed, drop=5) for seed in (1, 2)]
     records += [run(tmp_path, 99, "inclora", 1)]  # without a gated partner
@@ -131,7 +127,7 @@ def test_paired_differences_have_a_t_interval(tmp_path: Path) -> None:
     assert apart.paired().empty
 
 
-def test_groups_differ_in_more_than_the_seed(tmp_path: Path) -> None:
+def test_groups_differ_in_more_than_the_seed(tmp_path):
     records = [run(tmp_path, 80 + seed, seed=seed) for seed in (1, 2, 3)]
     records += [run(tmp_path, 70, "inflora"), run(tmp_path, 60, seed=1, options={"gate.hidden": 10})]
     frame = Frame(records)
@@ -139,7 +135,7 @@ def test_groups_differ_in_more_than_the_seed(tmp_path: Path) -> None:
     assert list(frame.measured(frame.groups.index[1], "AP")) == [81, 82, 83]
 
 
-def changed(record: Record, **config: Any) -> Record:
+def changed(record, **config):
     return replace(record, config={**record.config, **config})
 
 
@@ -151,9 +147,7 @@ def changed(record: Record, **config: Any) -> Record:
         ("base", "b" * 64, "base=bbbbbbbb"),
     ],
 )
-def test_no_mean_mixes_base_weights_devices_or_library_versions(
-    tmp_path: Path, name: str, value: Any, label: str
-) -> None:
+def test_no_mean_mixes_base_weights_devices_or_library_versions(tmp_path, name, value, label):
     records = [run(tmp_path, 80 + seed, seed=seed) for seed in (1, 2, 3)]
     frame = Frame([*records[:2], changed(records[2], **{name: value})])
     assert names(frame) == ["gainlora-inflora", f"gainlora-inflora, {label}"]
@@ -163,7 +157,7 @@ def test_no_mean_mixes_base_weights_devices_or_library_versions(
     assert list(pair.both["AP"]) == [83]
 
 
-def test_means_that_mix_code_versions_are_named_and_a_repeated_seed_is_kept_apart(tmp_path: Path) -> None:
+def test_means_that_mix_code_versions_are_named_and_a_repeated_seed_is_kept_apart(tmp_path):
     one, two = (changed(run(tmp_path, 80, seed=s), code=code * 64) for s, code in ((1, "a"), (2, "b")))
     frame = Frame([one, two])
     assert len(frame.groups) == 1
@@ -176,7 +170,7 @@ def test_means_that_mix_code_versions_are_named_and_a_repeated_seed_is_kept_apar
 
 
 @pytest.mark.parametrize("options", [{"train.epochs": 2}, {"lora.rank": 4}, {"data.train_limit": None}])
-def test_unequal_budgets_are_stated_and_not_compared(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_unequal_budgets_are_stated_and_not_compared(tmp_path, options):
     frame = Frame([run(tmp_path, 84), run(tmp_path, 74, "inflora", options=options)])
     assert frame.paired().empty
     (sentence,) = frame.unequal(frame.groups)
@@ -188,7 +182,7 @@ def test_unequal_budgets_are_stated_and_not_compared(tmp_path: Path, options: di
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def test_the_main_table_has_a_table_per_model_and_columns_per_order(tmp_path: Path) -> None:
+def test_the_main_table_has_a_table_per_model_and_columns_per_order(tmp_path):
     records = [run(tmp_path, AP, seed=seed, drop=drop) for seed, AP, drop in ((1, 80, 2), (2, 76, 4))]
     records += [run(tmp_path, 50, "seqlora", order="other"), run(tmp_path, 66, model="large")]
     records.append(read_run(write_run(tmp_path, [[90.0]], seed=3, tasks=THREE)))  # unfinished: does not count
@@ -200,7 +194,7 @@ def test_the_main_table_has_a_table_per_model_and_columns_per_order(tmp_path: Pa
     ]
 
 
-def test_ablations_and_gate_options_are_tables_of_their_own(tmp_path: Path) -> None:
+def test_ablations_and_gate_options_are_tables_of_their_own(tmp_path):
     no_key = {"gate.initial_key": "open"}
     varied = [{}, no_key, {"gate.hidden": 10}, {"gate.hidden": 200}, {"lora.rank": 2}]
     records = [run(tmp_path, 70 + at, options=options) for at, options in enumerate(varied)]
@@ -221,7 +215,7 @@ def test_ablations_and_gate_options_are_tables_of_their_own(tmp_path: Path) -> N
     assert [row[3:6] for row in rows] == [["10", "1", "72.0"], ["50", "1", "70.0"], ["200", "1", "73.0"]]
 
 
-def test_learning_rates_are_a_table_of_their_own_for_every_method(tmp_path: Path) -> None:
+def test_learning_rates_are_a_table_of_their_own_for_every_method(tmp_path):
     rates = (0.002, 0.0005)
     records = [run(tmp_path, 80 + at, "seqlora", options={"train.learning_rate": r}) for at, r in enumerate(rates)]
     records += [run(tmp_path, 70 + at, options={"train.learning_rate": r}) for at, r in enumerate(rates)]
@@ -242,7 +236,7 @@ PAPER = {
 }
 
 
-def paper(**options: Any) -> dict[str, Any]:
+def paper(**options):
     return {"options": {**PAPER["options"], **options}}
 
 
@@ -264,7 +258,7 @@ def paper(**options: Any) -> dict[str, Any]:
         ({"method": "inflora", **paper(**{"gate.initial_key": "open"})}, (39.78, 7.64)),
     ],
 )
-def test_published_figures_stand_beside_the_same_setup_alone(tmp_path: Path, how: Any, figures: Any) -> None:
+def test_published_figures_stand_beside_the_same_setup_alone(tmp_path, how, figures):
     record = run(tmp_path, 50, **{**PAPER, **how})
     frame = Frame([record])
     beside = frame.published_beside(frame.groups.index[0])
@@ -273,14 +267,14 @@ def test_published_figures_stand_beside_the_same_setup_alone(tmp_path: Path, how
     assert ("published AP" in text) == (figures is not None)
 
 
-def test_published_figures_do_not_stand_beside_unfinished_or_varied_runs(tmp_path: Path) -> None:
+def test_published_figures_do_not_stand_beside_unfinished_or_varied_runs(tmp_path):
     part = read_run(write_run(tmp_path, [[50.0]], "inflora", 1, FIFTEEN, "order1", model="t5-large", **paper()))
     records = [run(tmp_path, 50, seed=s, **{**PAPER, **paper(**{"gate.hidden": 100 * s})}) for s in (1, 2)]
     frame = Frame([part, *records])
     assert [frame.published_beside(group) for group in frame.groups.index] == [None] * 3
 
 
-def test_gates_on_own_earlier_and_later_tasks(tmp_path: Path) -> None:
+def test_gates_on_own_earlier_and_later_tasks(tmp_path):
     # branch 1: later (0.3 + 0.5) / 2; branch 2: earlier 0.1, later 0.6; branch 3: earlier (0.2 + 0.4) / 2
     means = [[0.9, 0.1, 0.2], [0.3, 0.8, 0.4], [0.5, 0.6, 0.7]]
     record = run_of(tmp_path, R)
@@ -294,13 +288,13 @@ def test_gates_on_own_earlier_and_later_tasks(tmp_path: Path) -> None:
     assert "Gates on old" not in report_page([run(tmp_path, 50, "inclora")], 1).markdown
 
 
-def test_costs_are_means_of_the_steps(tmp_path: Path) -> None:
+def test_costs_are_means_of_the_steps(tmp_path):
     # the fake run: 6 s train, 1 + 0.5 s around, 2.5 s for 2 examples of each task seen; 600 t + 70 t + 12 stored
     (row,) = section([run(tmp_path, 50, seed=seed) for seed in (1, 2)], "Costs")[1:]
     assert row == ["gainlora-inflora", "1, 3", "460,800", "682", "2,022", "6.0", "1.5", "1.250", "0.417"]
 
 
-def test_trainable_parameters_join_methods_that_train_the_same(tmp_path: Path) -> None:
+def test_trainable_parameters_join_methods_that_train_the_same(tmp_path):
     methods = ("seqlora", "inclora", "gainlora-inflora", "no-such-method")
     head, *rows = section([run(tmp_path, 50, method) for method in methods], "Trainable parameters")
     assert [row[0] for row in rows] == ["inclora, seqlora", "gainlora-inflora"]

@@ -5,7 +5,6 @@ import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -27,30 +26,30 @@ class Page(HTMLParser):
 
     VOID = ("meta", "img", "br")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         super().__init__()
-        self.loads: list[str] = []
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.ids: list[str] = []
+        self.loads = []
+        self.tags = []
+        self.open = []
+        self.ids = []
         self.text, self.source = "", path.read_text(encoding="utf-8")
         self.feed(self.source)
         assert self.open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.open += [tag] if tag not in self.VOID else []
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
         self.ids += [value or "" for name, value in attrs if name == "id"]
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.text += data
 
 
-def test_page_is_well_formed_needs_no_network_and_equals_the_markdown(tmp_path: Path) -> None:
+def test_page_is_well_formed_needs_no_network_and_equals_the_markdown(tmp_path):
     records = [run_of(tmp_path, R), run_of(tmp_path, FORGETS, "seqlora")]
     files = write_report([*records, records[0]], tmp_path / "report", REPORT)  # given twice, it counts once
     page, text = Page(files[0]), files[1].read_text(encoding="utf-8")
@@ -74,7 +73,7 @@ def test_page_is_well_formed_needs_no_network_and_equals_the_markdown(tmp_path: 
 HOSTILE = "<script>alert(1)</script>&'\"\x1b[31m\u202e$x|`*"
 
 
-def test_hostile_names_reach_neither_markup_nor_terminal(tmp_path: Path) -> None:
+def test_hostile_names_reach_neither_markup_nor_terminal(tmp_path):
     """In every value of config.json that a reader shows and that is not a part of a path."""
     folder = write_run(tmp_path, R, tasks=THREE, options={"lora.targets": [HOSTILE]})
     config = json.loads((folder / "config.json").read_text())
@@ -99,7 +98,7 @@ def test_hostile_names_reach_neither_markup_nor_terminal(tmp_path: Path) -> None
     assert markdown_table(["a|b"], [["c|d<e"]]) == "| a\\|b |\n| --- |\n| c\\|d\\<e |"
 
 
-def test_reports_of_unfinished_many_and_no_runs(tmp_path: Path) -> None:
+def test_reports_of_unfinished_many_and_no_runs(tmp_path):
     page = Page(write_report([run_of(tmp_path, [])], tmp_path / "report", REPORT)[0])
     assert "0 of 3 tasks" in page.text and "img" not in page.tags
     records = [run_of(tmp_path, R[:1], seed=seed) for seed in range(13)]

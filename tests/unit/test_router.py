@@ -1,7 +1,5 @@
 """The router of `routed-X`: joint ridge regression from sums, on features that no branch touches."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,12 +11,12 @@ from tests.runs import create, learn, learner, project, state
 from tests.tiny import tiny_llama, tiny_t5, tiny_tokenizer
 
 
-def task(name: str, word: str) -> Task:
+def task(name, word):
     rows = [{"text": f"{word} " * 4 + f"w{n % 7}", "label": ("red", "green")[n % 7 % 2]} for n in range(20)]
     return Task(name, rows, rows)
 
 
-def test_sums_solve_what_all_prompts_together_solve() -> None:
+def test_sums_solve_what_all_prompts_together_solve():
     torch.manual_seed(0)
     hidden = [torch.randn(n, 12) + 2 * torch.randn(12) for n in (30, 50, 17)]
     router = Router(12, torch.device("cpu"))
@@ -35,7 +33,7 @@ def test_sums_solve_what_all_prompts_together_solve() -> None:
 
 
 @pytest.mark.parametrize("made", [tiny_llama, tiny_t5])
-def test_each_prompt_gets_the_branch_of_its_own_task(made, tmp_path: Path) -> None:
+def test_each_prompt_gets_the_branch_of_its_own_task(made, tmp_path):
     mine = learner((made(), tiny_tokenizer()), method="routed-inclora")
     for name, word in (("one", "w10"), ("two", "w20"), ("three", "w30")):
         mine.learn(task(name, word))
@@ -50,10 +48,10 @@ def test_each_prompt_gets_the_branch_of_its_own_task(made, tmp_path: Path) -> No
         mine.model.merge_and_unload()
 
 
-def test_features_are_those_of_the_base_and_of_the_prompt_alone() -> None:
+def test_features_are_those_of_the_base_and_of_the_prompt_alone():
     mine = learner(method="routed-inclora")
 
-    def features(ids: list[list[int]], **answers: list[list[int]]) -> torch.Tensor:
+    def features(ids, **answers):
         answers = answers.get("targets", [[] for _ in ids])
         rows = [{"prompt_ids": p, "target_ids": t} for p, t in zip(ids, answers, strict=True)]
         batch = collate(rows, mine.tokenizer.pad_token_id, False, targets=True)
@@ -71,7 +69,7 @@ def test_features_are_those_of_the_base_and_of_the_prompt_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_a_run_resumes_to_the_same_router(tmp_path: Path, kind: str) -> None:
+def test_a_run_resumes_to_the_same_router(tmp_path, kind):
     whole = learn(project(tmp_path / "whole", kind), method="routed-inflora")
     root = project(tmp_path / "parts", kind)
     with create(root, method="routed-inflora") as run:
@@ -81,6 +79,6 @@ def test_a_run_resumes_to_the_same_router(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["routed-seqlora", "routed-single", "routed-multitask"])
-def test_methods_without_branches_of_their_own_are_refused(method: str) -> None:
+def test_methods_without_branches_of_their_own_are_refused(method):
     with pytest.raises(Exception, match="nothing can weigh the branches of"):
         RunConfig.of("base", method=method)

@@ -9,7 +9,6 @@ from gainlora import rules
 from gainlora.errors import GainLoRAError
 from gainlora.model.layers import GatedLoRALinear, Integration
 from gainlora.model.modeling import GainLoRAModel
-from gainlora.runs.run import Run
 from tests.runs import learn, project, records
 from tests.tiny import tiny_llama
 
@@ -19,7 +18,7 @@ def root(tmp_path_factory):
     return project(tmp_path_factory.mktemp("rules"))
 
 
-def make_layer(branches: int) -> GatedLoRALinear:
+def make_layer(branches):
     """A layer with frozen branches and one that is learned."""
     torch.manual_seed(0)
     layer = GatedLoRALinear(nn.Linear(6, 5, bias=False), 2, 1.5, Integration(False))
@@ -30,20 +29,20 @@ def make_layer(branches: int) -> GatedLoRALinear:
     return layer
 
 
-def old_branches(layer: GatedLoRALinear) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def old_branches(layer):
     return list(zip(layer.A.split(2), layer.B.split(2, dim=1), strict=True))
 
 
-def branches(stream: Run, t: int) -> dict[str, torch.Tensor]:
+def branches(stream, t):
     """Name of a layer -> A (T, r, d_in) and B (T, d_out, r) after step t."""
     return load_file(stream.task_folder(t) / "adapter_model.safetensors")
 
 
-def layer_names(adapter: dict[str, torch.Tensor]) -> list[str]:
+def layer_names(adapter):
     return [name.removesuffix(".lora_A") for name in adapter if name.endswith("lora_A")]
 
 
-def losses(stream: Run, t: int, key: str = "loss") -> list[float]:
+def losses(stream, t, key="loss"):
     return [record[key] for record in records(stream.task_folder(t))]
 
 
@@ -95,7 +94,7 @@ def test_clora_penalizes_changing_what_earlier_branches_changed():
 def test_penalties_reach_the_training(root, method, weight, measure):
     """Four times smaller than without the penalty, at least."""
 
-    def after(**options) -> float:
+    def after(**options):
         stream = learn(root, method=method, train__epochs=4, **options)
         adapter = branches(stream, 2)
         return float(sum(measure(adapter[f"{n}.lora_A"], adapter[f"{n}.lora_B"]) for n in layer_names(adapter)))
@@ -106,7 +105,7 @@ def test_penalties_reach_the_training(root, method, weight, measure):
 
 
 def test_ewc_holds_what_mattered(root):
-    def moved(weight: float) -> float:
+    def moved(weight):
         stream = learn(root, method="ewc", train__epochs=4, train__penalty_weight=weight)
         fisher = load_file(stream.task_folder(1) / "rule.safetensors")
         one, two = branches(stream, 1), branches(stream, 2)

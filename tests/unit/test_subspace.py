@@ -14,14 +14,14 @@ from gainlora.model.subspace import (
 )
 
 
-def inputs(n: int, d: int, rank: int, seed: int = 0) -> torch.Tensor:
+def inputs(n, d, rank, seed=0):
     """n rows in a random `rank`-dimensional subspace, with a falling spectrum."""
     g = torch.Generator().manual_seed(seed)
     scales = torch.linspace(3, 0.5, rank)
     return (torch.randn(n, rank, generator=g) * scales) @ torch.randn(rank, d, generator=g)
 
 
-def covariance(x: torch.Tensor, blocks: int = 1) -> torch.Tensor:
+def covariance(x, blocks=1):
     c = Covariance(x.shape[1], blocks)
     for part in x.split(7):
         c.update(part)

@@ -1,7 +1,6 @@
 """Task files: what loads, what is refused and how, prompts and limits."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ GOOD = {
 }
 
 
-def write_task(folder: Path, train: object = GOOD, test: object = GOOD) -> Path:
+def write_task(folder, train=GOOD, test=GOOD):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("train", train), ("test", test)):
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -25,11 +24,11 @@ def write_task(folder: Path, train: object = GOOD, test: object = GOOD) -> Path:
     return folder
 
 
-def numbered(n: int) -> dict[str, object]:
+def numbered(n):
     return {"Definition": [], "Instances": [{"input": f"input {i}", "output": "yes"} for i in range(n)]}
 
 
-def test_reads_references_and_strips(tmp_path: Path) -> None:
+def test_reads_references_and_strips(tmp_path):
     task = read_task(write_task(tmp_path / "t"), "superni", "rouge_l")
     assert (task.name, task.metric, task.instruction) == ("t", "rouge_l", "Say {it}.")
     assert [e.references for e in task.train] == [("yes",), ("no", "nope")]
@@ -50,13 +49,13 @@ def test_reads_references_and_strips(tmp_path: Path) -> None:
         ("long_sequence", "", "Text: {a}\nOutput: "),
     ],
 )
-def test_prompts_are_exact(tmp_path: Path, template: str, definition: object, prompt: str) -> None:
+def test_prompts_are_exact(tmp_path, template, definition, prompt):
     content = {**GOOD, "Definition": definition}
     task = read_task(write_task(tmp_path / "t", content, content), template, "exact_match")
     assert task.prompt(task.train[0]) == prompt
 
 
-def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_path: Path) -> None:
+def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_path):
     train = {**GOOD, "Instances": [{"input": "a", "output": [" "]}, {"input": "b", "output": ["", "x"]}]}
     task = read_task(write_task(tmp_path / "t", train), "superni", "rouge_l")
     assert task.notes == (
@@ -66,7 +65,7 @@ def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_p
     assert [e.references for e in task.train] == [("x",)]
 
 
-def instance(**values: object) -> dict[str, object]:
+def instance(**values):
     """A file whose instance 1 is `values`, after a good instance 0."""
     return {**GOOD, "Instances": [{"input": "a", "output": "b"}, values]}
 
@@ -107,7 +106,7 @@ BAD = {
 }
 
 
-def test_other_keys_are_ignored_and_a_second_definition_is_noted(tmp_path: Path) -> None:
+def test_other_keys_are_ignored_and_a_second_definition_is_noted(tmp_path):
     keys = ["Contributors", "Source", "URL", "Categories", "Reasoning", "Input_language", "Output_language", "Domains"]
     keys += ["Instruction_language", "Instance License", "Positive Examples", "Negative Examples", "Description", "id"]
     instance = {"id": 1, "input": "x", "output": "y", "input_id": 3, "output_2": "z", "outcome": "", "put": 0}
@@ -118,7 +117,7 @@ def test_other_keys_are_ignored_and_a_second_definition_is_noted(tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused_with_file_place_and_key(tmp_path: Path, case: str) -> None:
+def test_bad_files_are_refused_with_file_place_and_key(tmp_path, case):
     content, expected = BAD[case]
     with pytest.raises(GainLoRAError) as caught:
         read_task(write_task(tmp_path / "t", test=content), "long_sequence", "exact_match")
@@ -128,12 +127,12 @@ def test_bad_files_are_refused_with_file_place_and_key(tmp_path: Path, case: str
     assert "\n" not in message
 
 
-def test_different_definitions_are_refused(tmp_path: Path) -> None:
+def test_different_definitions_are_refused(tmp_path):
     with pytest.raises(GainLoRAError, match="differs"):
         read_task(write_task(tmp_path / "t", test={**GOOD, "Definition": "Other."}), "superni", "rouge_l")
 
 
-def test_sha256_follows_the_contents(tmp_path: Path) -> None:
+def test_sha256_follows_the_contents(tmp_path):
     one = read_task(write_task(tmp_path / "a"), "superni", "rouge_l").sha256
     assert one == read_task(write_task(tmp_path / "b"), "long_sequence", "rouge_l").sha256
     assert (
@@ -142,11 +141,11 @@ def test_sha256_follows_the_contents(tmp_path: Path) -> None:
     )
 
 
-def order(*tasks: str, data: str = "data/mine") -> OrderConfig:
+def order(*tasks, data="data/mine"):
     return OrderConfig(name="o", data=data, template="long_sequence", metric="exact_match", tasks=tasks)
 
 
-def test_order_keeps_its_sequence_and_limits(tmp_path: Path) -> None:
+def test_order_keeps_its_sequence_and_limits(tmp_path):
     for name in ("a", "b"):
         write_task(tmp_path / "data/mine" / name, numbered(50), numbered(20))
     limits = DataConfig(train_limit=10, test_limit=5)
@@ -161,7 +160,7 @@ def test_order_keeps_its_sequence_and_limits(tmp_path: Path) -> None:
     assert set(chosen) < {e.input for e in more.train} and len(more.test) == 20
 
 
-def test_incomplete_tasks_are_listed_in_one_error_or_skipped(tmp_path: Path) -> None:
+def test_incomplete_tasks_are_listed_in_one_error_or_skipped(tmp_path):
     for name in ("a", "b", "c"):
         write_task(tmp_path / "data/mine" / name)
     (tmp_path / "data/mine/a/train.json").unlink()
@@ -190,7 +189,7 @@ def test_incomplete_tasks_are_listed_in_one_error_or_skipped(tmp_path: Path) -> 
         ("data/mine", "train.json and test.json"),
     ],
 )
-def test_a_missing_folder_says_how_to_get_it(tmp_path: Path, data: str, remedy: str) -> None:
+def test_a_missing_folder_says_how_to_get_it(tmp_path, data, remedy):
     with pytest.raises(GainLoRAError, match="no such folder") as caught:
         load_order(order("a", data=data), DataConfig(skip_incomplete=True), tmp_path)
     assert remedy in str(caught.value)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -18,17 +17,17 @@ from tests.runs import copy_of, learn, project, records, state, tensors
 from tests.tiny import tiny_params
 
 
-def validated(run, t: int) -> list[dict]:
+def validated(run, t):
     return records(run.task_folder(t), "validation")
 
 
-def rewrite(file: Path, change) -> None:
+def rewrite(file, change):
     content = json.loads(file.read_text())
     content["Instances"] = [change(n, i) for n, i in enumerate(content["Instances"])]
     file.write_text(json.dumps(content))
 
 
-def with_dev(root: Path) -> None:
+def with_dev(root):
     """dev.json of every task as a set of its own: other inputs than test.json's."""
     for file in root.glob("data/tiny/*/dev.json"):
         rewrite(file, lambda n, i: {**i, "input": f"{i['input']} w{n % 60} w1"})
@@ -209,7 +208,7 @@ def test_the_published_protocol_trains_on_the_dev_json_that_was_split_off(tmp_pa
     folder = root / "data" / "tiny" / "task1"
     read, published = read_task(folder, "long_sequence", "exact_match"), DataConfig(protocol="published")
 
-    def trained(data: DataConfig):
+    def trained(data):
         task = hold_out(read, folder, data)
         return len(task.train), len(task.validation), [note for note in task.notes if note.startswith(DEV)]
 
