@@ -9,30 +9,17 @@ loaded or written, by one GainLoRAError that names the option, the value and the
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gainlora import rules
+from gainlora import rules, sections
 from gainlora.errors import GainLoRAError, did_you_mean, short_repr
 from gainlora.io import read_yaml
 from gainlora.parsing import parse
-from gainlora.sections import (
-    DataConfig,
-    EvaluateConfig,
-    GateConfig,
-    LaunchConfig,
-    LoraConfig,
-    ModelConfig,
-    OrderConfig,
-    PromoteConfig,
-    ReportConfig,
-    Section,
-    SubspaceConfig,
-    TrackingConfig,
-    TrainConfig,
-)  # fmt: skip
+from gainlora.sections import Section
 
 EXAMPLE_LIMITS = ("data.train_limit", "data.test_limit")
 
@@ -40,27 +27,27 @@ EXAMPLE_LIMITS = ("data.train_limit", "data.test_limit")
 class Settings(Section):
     """The sections that do not affect what is learned: changing them never retrains."""
 
-    launch: LaunchConfig = LaunchConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    report: ReportConfig = ReportConfig()
-    promote: PromoteConfig = PromoteConfig()
+    launch: sections.LaunchConfig = sections.LaunchConfig()
+    tracking: sections.TrackingConfig = sections.TrackingConfig()
+    report: sections.ReportConfig = sections.ReportConfig()
+    promote: sections.PromoteConfig = sections.PromoteConfig()
 
 
 class RunConfig(Settings):
     """The configuration of one run."""
 
-    order: OrderConfig
+    order: sections.OrderConfig
     method: str = "gainlora-inflora"
     """A branch rule, or `gainlora-` and a branch rule."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """With the task's index, the only source of randomness."""
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    lora: LoraConfig = LoraConfig()
-    gate: GateConfig = GateConfig()
-    subspace: SubspaceConfig = SubspaceConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    lora: sections.LoraConfig = sections.LoraConfig()
+    gate: sections.GateConfig = sections.GateConfig()
+    subspace: sections.SubspaceConfig = sections.SubspaceConfig()
+    train: sections.TrainConfig = sections.TrainConfig()
+    evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
     _limits: tuple[str, ...] = ()
 
     @property
@@ -149,17 +136,17 @@ class RunConfig(Settings):
         """
         order = {"name": "tasks", "data": "memory", "tasks": [], "template": "long_sequence", "metric": "exact_match"}
         values: dict[str, Any] = {"order": order, "model": {"name": model}}
-        sections = {name: kind.model_fields for name, kind in SECTIONS.items() if name not in Settings.model_fields}
+        known = {name: [*kind.model_fields] for name, kind in SECTIONS.items() if name not in Settings.model_fields}
         for name, value in options.items():
             option = name.replace("__", ".")
             if "." not in option and option not in cls.model_fields:
-                here = [s for s, names in sections.items() if option in names and s != "order"]
+                here = [s for s, names in known.items() if option in names and s != "order"]
                 found = [s for s in here if (s, option) != ("gate", "learning_rate")]  # alone, it is train's
                 found = found or ["order"] * (option == "metric")
                 if len(found) != 1:
-                    known = [name for names in sections.values() for name in names]
                     several = " or ".join(f"{s}__{option}" for s in found)
-                    why = f"is {several}; say which" if found else f"unknown option{did_you_mean(option, known)}"
+                    closest = did_you_mean(option, chain(*known.values()))
+                    why = f"is {several}; say which" if found else f"unknown option{closest}"
                     raise GainLoRAError(f"{name}: {why}.")
                 option = f"{found[0]}.{option}"
             _set(values, option, value, "override")
@@ -269,7 +256,7 @@ def load_config(order: str, overrides: Mapping[str, Any] | None = None, params: 
         base = values.get(section)
         return chosen.get(f"{section}.{name}", base.get(name) if isinstance(base, dict) else None)
 
-    model, protocol = asked("model", "name") or ModelConfig().name, asked("data", "protocol")
+    model, protocol = asked("model", "name") or sections.ModelConfig().name, asked("data", "protocol")
     if isinstance(protocol, str) and isinstance(protocols, dict) and protocol not in protocols:
         known = did_you_mean(str(protocol), protocols)
         raise GainLoRAError(f"data.protocol: {file} has no {short_repr(protocol)} under protocols{known}.")
@@ -343,18 +330,18 @@ def _layers(section: str, entries: Any, name: Any, cases: Sequence[str], file: s
 
 def _set(values: dict[str, Any], option: str, value: Any, source: str) -> None:
     """values["a"]["b"] = value for option "a.b" of a layer; sections are copied, as layers share them."""
-    *sections, name = option.split(".", 2)  # a task's name, in train.task_epochs.<task>, may hold dots
-    if not all((*sections, name)):
+    *path, name = option.split(".", 2)  # a task's name, in train.task_epochs.<task>, may hold dots
+    if not all((*path, name)):
         raise GainLoRAError(f"{source}: {short_repr(option)} is no option; write <section>.<name>.")
-    if [*sections, name][0] in Settings.model_fields and (source != "override" or not option.startswith("launch.")):
+    if [*path, name][0] in Settings.model_fields and (source != "override" or not option.startswith("launch.")):
         launch = " or for a run" if option.startswith("launch.") else ""
         raise GainLoRAError(f"{source}: {option}: is set in params.yaml{launch} only, as no run depends on it.")
     here = values
-    for section in sections:
+    for section in path:
         inner = here.get(section) or {}
         if not isinstance(inner, dict):
             raise GainLoRAError(f"{source}: {option!r} is no option; {section!r} holds a value, not a section.")
         here[section] = here = dict(inner)
-    if isinstance(here.get(name), dict) or (not sections and name in SECTIONS):
+    if isinstance(here.get(name), dict) or (not path and name in SECTIONS):
         raise GainLoRAError(f"{source}: {option!r} is a section; set its options one by one ('{option}.<name>').")
     here[name] = value

@@ -124,9 +124,8 @@ def experiments(
         raise GainLoRAError("orders: nothing to run; name orders of params.yaml, or a plan.")
     made: dict[str, Experiment] = {}
     for order, method, seed, label, options in found:
-        given = {"method": method, "seed": seed}
-        laid = {**options, **{option: value for option, value in given.items() if value is not None}}
-        e = Experiment(order, load_config(order, laid, params), label, options)
+        given = {name: value for name, value in {"method": method, "seed": seed}.items() if value is not None}
+        e = Experiment(order, load_config(order, {**options, **given}, params), label, options)
         if e.name in made:
             raise GainLoRAError(f"{e.name}: given twice; give it once, or a label in a plan.")
         made[e.name] = e

@@ -19,11 +19,11 @@ TAG = "folder:"
 """How the tag of a served deployment begins that names the folder in which it runs."""
 
 
-def answers(url: str, seconds: float = 2.0) -> bool:
+def answers(url: str) -> bool:
     """Whether a Prefect API answers at `url`."""
     os.environ.update(direct())
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=seconds) as reply:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=2) as reply:
             return bool(json.load(reply) is True)
     except (OSError, ValueError):
         return False

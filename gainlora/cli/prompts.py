@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, add_context
 from gainlora.export.saved import SavedModel
 from gainlora.inference import make_prompt
 from gainlora.io import parse_json, read_bytes
@@ -29,18 +29,16 @@ def read_questions(path: Path, learned: SavedModel, task: str | None) -> list[tu
         if not line.strip():
             continue
         where = f"{path}: line {number}"
-        given = parse_json(line, Path(where), f"write {expected}")
+        given = parse_json(line, where, f"write {expected}")
         if not isinstance(given, dict) or "text" not in given:
             raise GainLoRAError(f'{where}: no object with "text"; write {expected}.')
         if taken := {ANSWER, COEFFICIENTS} & given.keys():
             raise GainLoRAError(f"{where}: has a key {min(taken)!r}, which is written here; rename it.")
         own = given.get("task") or task
-        try:
+        with add_context(where):
             if own is not None and not isinstance(own, str):
                 raise GainLoRAError("task: no text; name a task of the run.")
             if learned.adapter.integration == "single" and own != task:
                 raise GainLoRAError(f"task: {own!r}: method single answers a file with the one branch of --task.")
             questions.append((given, make_prompt(learned, given["text"], own)))
-        except GainLoRAError as error:
-            raise GainLoRAError(f"{where}: {error}") from None
     return questions

@@ -237,8 +237,8 @@ class Frame:
 
     # ---- the paper's figures --------------------------------------------------------------------
 
-    def published_beside(self, group: str) -> int | None:
-        """Index into `published()` of the paper's AP and FT for a group with the same setup, else None.
+    def published_beside(self, group: str) -> pd.Series | None:
+        """The row of `published()` for a group with the same setup, else None.
 
         The same model and order, all of its tasks and examples, no differing options but the published ablations.
         """
@@ -254,7 +254,7 @@ class Frame:
             words += ["no-init"] * (key == "random") + ["no-update"] * (not update)
         table = published()
         same = table[(table[["model", "order", "method"]] == [row["model"], row["order"], " ".join(words)]).all(axis=1)]
-        return None if same.empty else int(same.index[0])
+        return None if same.empty else same.iloc[0]
 
 
 @cache

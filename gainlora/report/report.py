@@ -9,19 +9,7 @@ import pandas as pd
 from gainlora import rules
 from gainlora.errors import GainLoRAError
 from gainlora.report import plots
-from gainlora.report.frame import (
-    CONSTRAINTS,
-    GATE_OPTIONS,
-    ROLES,
-    SETTING,
-    Frame,
-    bounds,
-    differs,
-    named,
-    published,
-    span,
-    spread,
-)
+from gainlora.report.frame import CONSTRAINTS, GATE_OPTIONS, ROLES, SETTING, Frame, bounds, differs, named, span, spread
 from gainlora.report.one_run import progress, run_heading, run_section
 from gainlora.report.page import Page, number
 from gainlora.runs.records import MEASURES, Record
@@ -341,9 +329,9 @@ def _settings(
         yield str(order), str(model), here
 
 
-def _paper_cells(row: int | None) -> list[str]:
+def _paper_cells(row: pd.Series | None) -> list[str]:
     """AP and FT as published; "-" without values."""
-    return ["-", "-"] if row is None else [f"{published().at[row, key]:.2f}" for key in ("AP", "FT")]
+    return ["-", "-"] if row is None else [f"{row[key]:.2f}" for key in ("AP", "FT")]
 
 
 def _natural(options: pd.Series) -> list[tuple[bool, float, str]]:

@@ -13,11 +13,9 @@ from gainlora.training.callbacks import Callback
 
 def planned_steps(run: Run) -> list[int]:
     """Optimizer steps of each step of a run (early stopping may end one before)."""
-    counts = []
-    for t, name in enumerate(run.steps, start=1):
-        examples = sum(run.recorded[task]["train"] for task in run.learned_at(t))
-        counts.append(math.ceil(examples / run.config.train.batch_size) * run.config.epochs(name, examples))
-    return counts
+    trained = [sum(run.recorded[task]["train"] for task in run.learned_at(t + 1)) for t in range(len(run.steps))]
+    size, epochs = run.config.train.batch_size, run.config.epochs
+    return [math.ceil(count / size) * epochs(name, count) for name, count in zip(run.steps, trained, strict=True)]
 
 
 class RunBar(Callback):

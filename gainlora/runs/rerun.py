@@ -9,10 +9,9 @@ from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import load_order
 from gainlora.io import read_json
 from gainlora.runs import identity
+from gainlora.runs.records import STATE
 from gainlora.runs.reuse import OWN
 from gainlora.runs.run import Run
-
-STATE = ("adapter_model.safetensors", "gate.safetensors", "subspace.safetensors", "rule.safetensors")
 
 
 def differences(folder: Path) -> list[str]:
@@ -63,7 +62,7 @@ def _otherwise(folder: Path, run: Run) -> Iterator[str]:
         for task, score in scores[0].items():
             if score != scores[1][task]:
                 yield f"after {old.name}, score on {task}: {score:.4f} then, {scores[1][task]:.4f} now"
-        for name in STATE:
+        for name in (f"{state}.safetensors" for state in STATE.values()):
             contents = [path.read_bytes() if (path := where / name).exists() else b"" for where in (old, new)]
             if contents[0] != contents[1]:
                 yield f"{old.name}/{name}: other bytes"

@@ -10,7 +10,6 @@ A version is an artifact of its MLflow run. Which one is the `champion`, `gainlo
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import mlflow.pyfunc
 import pandas
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
@@ -63,8 +61,7 @@ def register(folder: Path, uri: str) -> int:
     done = hashlib.sha256(json.dumps([run.result, digest], sort_keys=True).encode()).hexdigest()
     with connect(uri) as client:
         run_id = _run_id(client, run.run_id)
-        held = client.search_model_versions(f"name = '{name}'")
-        if there := _versions(held, run.run_id, done):
+        if there := _versions(client, name, run.run_id, done):
             return there[0]
         place = f"model-{done[:8]}"
         with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
@@ -79,14 +76,15 @@ def register(folder: Path, uri: str) -> int:
         tags = {KEY: run.run_id, DONE: done, "method": run.config["method"]}
         tags |= {key: f"{run.result[key]:.2f}" for key in ("AP", "FT") if run.result[key] is not None}
         client.create_model_version(name, source, run_id, tags, description=f"Tasks: {', '.join(run.tasks)}.")
-        made, *again = _versions(client.search_model_versions(f"name = '{name}'"), run.run_id, done)
+        made, *again = _versions(client, name, run.run_id, done)
         for version in again:  # after a late answer the client repeats its request, which creates one more each time
             client.delete_model_version(name, str(version))
         return made
 
 
-def _versions(held: Iterable[ModelVersion], run: str, done: str) -> list[int]:
-    """Numbers of the versions of this run in its present state, lowest first."""
+def _versions(client: MlflowClient, name: str, run: str, done: str) -> list[int]:
+    """Numbers of a model's versions of this run in its present state, lowest first."""
+    held = client.search_model_versions(f"name = '{name}'")
     return sorted(int(v.version) for v in held if (v.tags.get(KEY), v.tags.get(DONE)) == (run, done))
 
 
@@ -104,28 +102,24 @@ def save_model(learned: SavedModel, folder: Path) -> None:
     """Write a finished model in MLflow's layout, for `mlflow models serve -m`.
 
     Args:
-        folder: a new one.
+        folder: a new one; the adapter is also written beside it.
     """
-    prompts = [
-        make_prompt(learned, "Some text of this task.", t)
-        for t in learned.run.tasks
-        if "definition" in learned.run.data[t]
-    ]
+    described = [task for task in learned.run.tasks if "definition" in learned.run.data[task]]
+    prompts = [make_prompt(learned, "Some text of this task.", task) for task in described]
     base = learned.base()
     settings: dict[str, Any] = {"base": base, "base_digest": files_sha256(base)}
-    with tempfile.TemporaryDirectory(prefix="gainlora-model-") as scratch:
-        adapter = Path(scratch) / "adapter"  # its name in the version, too
-        write_release(learned, adapter)
-        mlflow.pyfunc.save_model(
-            str(folder),
-            python_model=str(Path(__file__).with_name("served_model.py")),  # as code: nothing is pickled
-            artifacts={"adapter": str(adapter)},
-            model_config=settings,
-            signature=signature(learned),
-            input_example=pandas.DataFrame({"text": prompts or ["Some text.\nOutput: "]}),
-            pip_requirements=[f"{package}=={installed(package)}" for package in PACKAGES],
-            metadata={"order": learned.config.order.name, "base_model": learned.adapter.base_model, **settings},
-        )
+    adapter = folder.with_name("adapter")  # its name in the version, too
+    write_release(learned, adapter)
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=str(Path(__file__).with_name("served_model.py")),  # as code: nothing is pickled
+        artifacts={"adapter": str(adapter)},
+        model_config=settings,
+        signature=signature(learned),
+        input_example=pandas.DataFrame({"text": prompts or ["Some text.\nOutput: "]}),
+        pip_requirements=[f"{package}=={installed(package)}" for package in PACKAGES],
+        metadata={"order": learned.config.order.name, "base_model": learned.adapter.base_model, **settings},
+    )
 
 
 def _run_id(client: MlflowClient, key: str) -> str:

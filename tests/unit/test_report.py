@@ -262,7 +262,7 @@ def test_published_figures_stand_beside_the_same_setup_alone(tmp_path, how, figu
     record = run(tmp_path, 50, **{**PAPER, **how})
     frame = Frame([record])
     beside = frame.published_beside(frame.groups.index[0])
-    assert (beside if beside is None else tuple(published().loc[beside, ["AP", "FT"]])) == figures
+    assert (beside if beside is None else tuple(beside[["AP", "FT"]])) == figures
     text = report_page([record], 1).markdown
     assert ("published AP" in text) == (figures is not None)
 
