@@ -17,7 +17,7 @@ from gainlora.config import RunConfig
 from gainlora.data.collate import buckets, collate, lengths
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.training.checkpoint import Records, random_states, set_random_states
-from gainlora.training.evaluate import evaluate_task, mean_score
+from gainlora.training.evaluate import evaluate_task, mean
 from gainlora.training.steps import PASS_BATCH
 from gainlora.training.train import target_loss
 
@@ -113,5 +113,5 @@ class Validation:
         for name, rows in self.rows.items():
             what, keep = f"{name}, held out", self.keep_punctuation[name]
             answers = evaluate_task(self.model, self.tokenizer, rows, metric, self.config, what, keep)
-            scores.append(mean_score(answers))
+            scores.append(mean(answers))
         return sum(scores) / len(scores)
