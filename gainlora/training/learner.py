@@ -176,9 +176,8 @@ class ContinualLearner:
         with _timed(seconds, "base"):
             base, general = self.base_scores(tasks, keep), self.general_ability()
         majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
-        known = step_scores(
-            found, {"base": base, "before": before, "majority": majority}, [step["scores"] for step in self.history]
-        )
+        earlier = [step["scores"] for step in self.history]
+        known = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
         row = {"task": name, "index": self.learned, **known, "general": general}
         row |= {**self.facts(tasks), "seconds": seconds}
         coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
@@ -206,11 +205,10 @@ class ContinualLearner:
         from gainlora.runs.data import data_entry
 
         entry = data_entry(task, self.config, "", None, self.tokenizer)
-        counts = {split: (entry[split], len(getattr(task, split))) for split in ("train", "test")}
         notes = [
-            f"{used} of {total} {split} examples are used (data.{split}_limit)."
-            for split, (used, total) in counts.items()
-            if used < total
+            f"{entry[split]} of {len(examples)} {split} examples are used (data.{split}_limit)."
+            for split, examples in (("train", task.train), ("test", task.test))
+            if entry[split] < len(examples)
         ]
         return {**entry, "notes": [*entry["notes"], *notes]}
 

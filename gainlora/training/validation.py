@@ -57,7 +57,7 @@ class Validation:
         finally:
             set_random_states(random)
             self.model.train()
-        kept = self.config.train.keep == "best" and self._better(score, loss)
+        kept = self.config.train.keep == "best" and all((score, -loss) > earlier for earlier in self._order)
         if kept:
             self.best = [p.detach().clone() for p in parameters]
         seconds = round(time.perf_counter() - started, 4)
@@ -68,8 +68,7 @@ class Validation:
     @property
     def stalled(self) -> bool:
         """Whether `train.patience` is exhausted: so many validations followed the best one."""
-        order = [(record["score"], -record["loss"]) for record in self.records]
-        patience = self.config.train.patience
+        order, patience = self._order, self.config.train.patience
         return patience is not None and bool(order) and len(order) - 1 - order.index(max(order)) >= patience
 
     def restore(self, records: Records, best: Sequence[Tensor]) -> None:
@@ -87,9 +86,10 @@ class Validation:
         best = [record for record in self.records if record.get("best")]
         return (best or self.records or [{}])[-1]
 
-    def _better(self, score: float, loss: float) -> bool:
-        before = [(record["score"], -record["loss"]) for record in self.records if record["best"]]
-        return not before or (score, -loss) > before[-1]
+    @property
+    def _order(self) -> list[tuple[float, float]]:
+        """What tells which state is better, of each validation."""
+        return [(record["score"], -record["loss"]) for record in self.records]
 
     @torch.no_grad()
     def _loss(self) -> float:
