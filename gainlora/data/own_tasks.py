@@ -53,11 +53,8 @@ def as_file(task: Task, examples: Sequence[Example], replay: Sequence[Example] =
         replay: training examples that are kept beside them (`data.replay`).
     """
     parts = {"Instances": examples, **({"Replay": replay} if replay else {})}
-    instances = {
-        part: [{"input": example.input, "output": list(example.references)} for example in found]
-        for part, found in parts.items()
-    }
-    return {"Definition": [task.instruction], **instances}
+    found = {part: [{"input": e.input, "output": list(e.references)} for e in kept] for part, kept in parts.items()}
+    return {"Definition": [task.instruction], **found}
 
 
 def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> Task:

@@ -133,9 +133,7 @@ def _index(learned: SavedModel, branch: str | None, count: int) -> int | None:
     if branch.isdecimal() and 1 <= int(branch) <= count:
         return int(branch) - 1
     if branch not in tasks:
-        raise GainLoRAError(
-            f"--branch: {branch!r} is neither 1 to {count} nor a task{did_you_mean(branch, dict.fromkeys(tasks))}."
-        )
+        raise GainLoRAError(f"--branch: {branch!r} is neither 1 to {count} nor a task{did_you_mean(branch, tasks)}.")
     if count < len(tasks):
         raise GainLoRAError(f"--branch: {branch!r} shares the one branch with all tasks; leave --branch out.")
     return tasks.index(branch)

@@ -93,10 +93,8 @@ def load_adapter(
     shape = widths(model.width, config.gate_hidden, config.gate_depth)
     if config.gated and config.tasks:
         gates = _Tensors(folder / "gate.safetensors", config)
-        hidden = [
-            gates.take(f"hidden.{i}", stacked, outputs, inputs)
-            for i, (inputs, outputs) in enumerate(itertools.pairwise(shape), start=1)
-        ]
+        layers = enumerate(itertools.pairwise(shape), start=1)
+        hidden = [gates.take(f"hidden.{i}", stacked, outputs, inputs) for i, (inputs, outputs) in layers]
         model.gates = GateWeights(hidden, gates.take("key", stacked, model.width)).to(model.device)
         gates.finish()
     if model.router is not None and config.tasks:

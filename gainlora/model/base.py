@@ -122,19 +122,20 @@ def load_base(
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
+    where = f"model.name: {source!r}"
     with _loading(source, "config.json"):
         # by default, trust_remote_code would prompt
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         adapter = find_adapter_config_file(source, revision=revision)
         if adapter is not None:  # transformers would silently add it to the model
             raise GainLoRAError(
-                f"model.name: {source!r}: holds an adapter ({Path(adapter).name}) besides the model; give a folder "
+                f"{where}: holds an adapter ({Path(adapter).name}) besides the model; give a folder "
                 "without it, or merge it first (peft: merge_and_unload, then save_pretrained)."
             )
         if quantization := getattr(config, "quantization_config", None):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
             raise GainLoRAError(
-                f"model.name: {source!r}: its weights are quantized ({getattr(method, 'value', method)}); give the "
+                f"{where}: its weights are quantized ({getattr(method, 'value', method)}); give the "
                 "checkpoint that they were quantized from."
             )
     tokenizer = load_tokenizer(source, revision)
@@ -146,9 +147,7 @@ def load_base(
             f"model.device_map: {device_map}: {source!r} does not fit into the GPUs; use more or larger ones."
         )
     if loaded["missing_keys"]:  # transformers would initialize them at random
-        raise GainLoRAError(
-            f"model.name: {source!r}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint."
-        )
+        raise GainLoRAError(f"{where}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint.")
     config_file = Path(str(cached_file(source, "config.json", revision=revision)))
     return prepare_base(model, tokenizer, source, config_file), tokenizer
 
@@ -162,6 +161,7 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     """
     from transformers import GenerationConfig
 
+    where = f"model.name: {source!r}"
     decoder = getattr(model.config, "decoder", None)  # T5Gemma: the decoder's configuration, with its BOS
     starts = (
         getattr(model.config, "decoder_start_token_id", None),
@@ -170,14 +170,12 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     )
     start = next((token for token in starts if token is not None), None)
     if model.config.is_encoder_decoder and start is None:
-        raise GainLoRAError(f"model.name: {source!r}: config.json has no decoder_start_token_id; set it (T5: 0).")
+        raise GainLoRAError(f"{where}: config.json has no decoder_start_token_id; set it (T5: 0).")
     if tokenizer.eos_token_id is None:
-        raise GainLoRAError(
-            f"model.name: {source!r}: its tokenizer has no EOS token, so answers would never end; set its eos_token."
-        )
+        raise GainLoRAError(f"{where}: its tokenizer has no EOS token, so answers would never end; set its eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # always masked
-    _check_vocabulary(source, model, tokenizer)
+    _check_vocabulary(where, model, tokenizer)
     # generate() takes its defaults from here: plain greedy search, no penalties or forced tokens of the checkpoint
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -191,7 +189,7 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     return model.eval().requires_grad_(False)
 
 
-def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
+def _check_vocabulary(where: str, model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer that produces ids which the model lacks.
 
     Special tokens beyond the model's vocabulary, e.g. Gemma 3's <image_soft_token>, are harmless: no text becomes one.
@@ -203,9 +201,7 @@ def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
     produced = tokenizer(excess, add_special_tokens=False, split_special_tokens=True)["input_ids"] if excess else []
     added = [*tokenizer("a")["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
     if not special.issuperset(excess) or max(itertools.chain(added, *produced)) >= min(sizes):
-        raise GainLoRAError(
-            f"model.name: {source!r}: its tokenizer has more tokens than the model; give the model's own."
-        )
+        raise GainLoRAError(f"{where}: its tokenizer has more tokens than the model; give the model's own.")
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:

@@ -13,7 +13,7 @@ from gainlora.data.own_tasks import as_file
 from gainlora.data.tasks import kept_for_replay
 from gainlora.runs.data import TEST
 from gainlora.runs.records import read_step
-from gainlora.training.evaluate import Prediction, coefficient_statistics, step_scores
+from gainlora.training.evaluate import Prediction, coefficient_summary, step_scores
 
 if TYPE_CHECKING:
     from gainlora.runs.run import Run
@@ -51,7 +51,7 @@ def write_scores(
         "seconds": io.read_json(partial / TIMINGS),
     }
     if run.config.integration in ("gated", "routed"):
-        coefficients = {name: coefficient_statistics(answers) for name, answers in predictions.items()}
+        coefficients = {name: coefficient_summary(answers) for name, answers in predictions.items()}
         io.write_json(partial / "coefficients.json", coefficients)
     io.write_json(partial / "scores.json", row)
     return row

@@ -138,7 +138,7 @@ def restore_branch(folder: Path, model: GainLoRAModel, rule: BranchRule) -> None
         model.layers[layer].memory[key_name] = kept.clone().to(model.layers[layer].A.device)
 
 
-def restore_training(folder: Path, optimizer: Any, scheduler: Any, validation: "Validation") -> Records:
+def resume_training(folder: Path, optimizer: Any, scheduler: Any, validation: "Validation") -> Records:
     """Restore optimizer, schedule, validation and random generators; returns the training records."""
     tensors, progress = load_file(folder / STATE), read_json(folder / PROGRESS)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

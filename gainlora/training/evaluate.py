@@ -111,8 +111,8 @@ class Prediction:
     """a_1..a_t of the prompt; None where all are 1."""
 
 
-def mean_score(answers: Sequence[Prediction]) -> float:
-    """0 to 100."""
+def mean(answers: Sequence[Prediction]) -> float:
+    """Mean score, 0 to 100."""
     return sum(answer.score for answer in answers) / len(answers)
 
 
@@ -169,7 +169,7 @@ def step_scores(
         scores (0 to 100, by task), the measured ones, routing (`gainlora.training.metrics.routing`), and AP, FT, BWT,
         LA, AIA and FWT.
     """
-    scores = {name: mean_score(answers) for name, answers in predictions.items()}
+    scores = {name: mean(answers) for name, answers in predictions.items()}
     known = {kind: {n: s for n, s in found.items() if s is not None} for kind, found in measured.items()}
     steps = [*earlier, {"scores": scores, **known}]
     R = [list(step["scores"].values()) for step in steps]
@@ -184,7 +184,7 @@ def step_scores(
     }
 
 
-def coefficient_statistics(predictions: list[Prediction]) -> dict[str, list[float]]:
+def coefficient_summary(predictions: list[Prediction]) -> dict[str, list[float]]:
     """Mean and standard deviation of a_1..a_t over a task's examples."""
     a = torch.tensor([p.coefficients for p in predictions])  # (examples, t)
     return {"mean": _rounded(a.mean(0)), "std": _rounded(a.std(0, correction=0))}

@@ -21,14 +21,7 @@ from gainlora.model.probe import check_behavior
 from gainlora.rules import ALL_TASKS
 from gainlora.training.callbacks import Callback, Callbacks, Console
 from gainlora.training.checkpoint import Checkpoints, Records, restore_branch
-from gainlora.training.evaluate import (
-    Prediction,
-    answer_prompts,
-    coefficient_statistics,
-    evaluate_task,
-    mean_score,
-    step_scores,
-)
+from gainlora.training.evaluate import Prediction, answer_prompts, coefficient_summary, evaluate_task, mean, step_scores
 from gainlora.training.general import general_ability
 from gainlora.training.steps import Examples, basis_sizes, new_adapter, prepare_task, update_memory, zero_rows
 from gainlora.training.train import train_task
@@ -183,12 +176,11 @@ class ContinualLearner:
         with _timed(seconds, "base"):
             base, general = self.base_scores(tasks, keep), self.general_ability()
         majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
-        known = step_scores(
-            found, {"base": base, "before": before, "majority": majority}, [step["scores"] for step in self.history]
-        )
+        earlier = [step["scores"] for step in self.history]
+        known = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
         row = {"task": name, "index": self.learned, **known, "general": general}
         row |= {**self.facts(tasks), "seconds": seconds}
-        coefficients = {n: coefficient_statistics(p) for n, p in found.items()} if self.model.config.by_prompt else {}
+        coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
         curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
         step = {"scores": row, "subspace": basis_sizes(self.model), "coefficients": coefficients, "stored": {}, **curve}
         self.history.append(step)
@@ -213,11 +205,10 @@ class ContinualLearner:
         from gainlora.runs.data import data_entry
 
         entry = data_entry(task, self.config, "", None, self.tokenizer)
-        counts = {split: (entry[split], len(getattr(task, split))) for split in ("train", "test")}
         notes = [
-            f"{used} of {total} {split} examples are used (data.{split}_limit)."
-            for split, (used, total) in counts.items()
-            if used < total
+            f"{entry[split]} of {len(examples)} {split} examples are used (data.{split}_limit)."
+            for split, examples in (("train", task.train), ("test", task.test))
+            if entry[split] < len(examples)
         ]
         return {**entry, "notes": [*entry["notes"], *notes]}
 
@@ -299,7 +290,7 @@ class ContinualLearner:
             tasks: with other test examples; None: all learned tasks.
         """
         given = [limited(self._taken(t), self.config.data) for t in (self.tasks.values() if tasks is None else tasks)]
-        return {name: mean_score(answers) for name, answers in self.predictions(given).items()}
+        return {name: mean(answers) for name, answers in self.predictions(given).items()}
 
     def predictions(
         self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool] | None = None
@@ -334,7 +325,7 @@ class ContinualLearner:
         found = {}
         for task in tasks:
             given = (self.rows([task], "test"), task.metric, self.config, f"{what} on {task.name}", keep[task.name])
-            found[task.name] = mean_score(evaluate_task(self.model, self.tokenizer, *given, unlearned=True))
+            found[task.name] = mean(evaluate_task(self.model, self.tokenizer, *given, unlearned=True))
         return found
 
     def general_ability(self) -> dict[str, Any]:

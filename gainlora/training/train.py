@@ -19,14 +19,7 @@ from gainlora.model.base import to_device
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.progress import track
 from gainlora.training.callbacks import Callback
-from gainlora.training.checkpoint import (
-    Checkpoints,
-    Records,
-    latest,
-    random_states,
-    restore_training,
-    set_random_states,
-)
+from gainlora.training.checkpoint import Checkpoints, Records, latest, random_states, resume_training, set_random_states
 
 if TYPE_CHECKING:
     from gainlora.training.validation import Validation
@@ -120,7 +113,7 @@ def train_task(
     torch.manual_seed(derive_seed(config.seed, task, purpose))
     model.train()
     saved = latest(checkpoints.partial)
-    records = restore_training(saved, optimizer, scheduler, validation) if saved else []
+    records = resume_training(saved, optimizer, scheduler, validation) if saved else []
     size = int(records[-1].get("micro_batch_size", 0)) if records else 0  # what memory allowed before
     size = size or settings.micro_batch_size or settings.batch_size
     random, whole = random_states(), True  # whole: the model is in the state after len(records) steps

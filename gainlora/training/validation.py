@@ -17,7 +17,7 @@ from gainlora.config import RunConfig
 from gainlora.data.collate import buckets, collate, lengths
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.training.checkpoint import Records, random_states, set_random_states
-from gainlora.training.evaluate import evaluate_task, mean_score
+from gainlora.training.evaluate import evaluate_task, mean
 from gainlora.training.steps import PASS_BATCH
 from gainlora.training.train import target_loss
 
@@ -57,7 +57,7 @@ class Validation:
         finally:
             set_random_states(random)
             self.model.train()
-        kept = self.config.train.keep == "best" and self._better(score, loss)
+        kept = self.config.train.keep == "best" and all((score, -loss) > earlier for earlier in self._order)
         if kept:
             self.best = [p.detach().clone() for p in parameters]
         seconds = round(time.perf_counter() - started, 4)
@@ -68,8 +68,7 @@ class Validation:
     @property
     def stalled(self) -> bool:
         """Whether `train.patience` is exhausted: so many validations followed the best one."""
-        order = [(record["score"], -record["loss"]) for record in self.records]
-        patience = self.config.train.patience
+        order, patience = self._order, self.config.train.patience
         return patience is not None and bool(order) and len(order) - 1 - order.index(max(order)) >= patience
 
     def restore(self, records: Records, best: Sequence[Tensor]) -> None:
@@ -87,9 +86,10 @@ class Validation:
         best = [record for record in self.records if record.get("best")]
         return (best or self.records or [{}])[-1]
 
-    def _better(self, score: float, loss: float) -> bool:
-        before = [(record["score"], -record["loss"]) for record in self.records if record["best"]]
-        return not before or (score, -loss) > before[-1]
+    @property
+    def _order(self) -> list[tuple[float, float]]:
+        """What tells which state is better, of each validation."""
+        return [(record["score"], -record["loss"]) for record in self.records]
 
     @torch.no_grad()
     def _loss(self) -> float:
@@ -113,5 +113,5 @@ class Validation:
         for name, rows in self.rows.items():
             what, keep = f"{name}, held out", self.keep_punctuation[name]
             answers = evaluate_task(self.model, self.tokenizer, rows, metric, self.config, what, keep)
-            scores.append(mean_score(answers))
+            scores.append(mean(answers))
         return sum(scores) / len(scores)
