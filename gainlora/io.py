@@ -6,6 +6,7 @@ them, never edit them.
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -240,9 +241,13 @@ def remove(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden, empty folder; once the block has filled it, it becomes `folder`, in place of an earlier one."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+    """A hidden, empty folder, each process's own; once the block has filled it, it becomes `folder`, in place of an
+    earlier one."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        pid = left.suffixes[-2][1:]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         yield part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -209,7 +210,7 @@ def repair(
         print(f"replaced {step} by the same step of another run")
     for step in done.dropped:
         print(f"dropped {step}")
-    again = f"; `gainlora learn {folder.name}` learns the others again" if done.dropped else ""
+    again = f"; `gainlora learn {os.path.relpath(folder)}` learns the others again" if done.dropped else ""
     print(f"runs/{folder.name}: {done.kept} good tasks{again}")
 
 

@@ -1,5 +1,6 @@
 """Shared arguments and options with their completion."""
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,6 +165,10 @@ def resolved(name: str) -> Path:
     Raises:
         GainLoRAError: no such run, or several.
     """
-    from gainlora.runs.lineage import resolve
+    from gainlora.runs.lineage import is_name, resolve
 
-    return resolve(name)
+    folder = resolve(name)
+    itself = folder.parent / name
+    if is_name(name) and itself != folder and (itself / "config.json").is_file():
+        print(f"note: {name} goes on as {folder}, which is used; {itself} is that run itself.", file=sys.stderr)
+    return folder

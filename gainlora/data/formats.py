@@ -8,7 +8,9 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,17 +53,17 @@ class Source(NamedTuple):
         if isinstance(self.place, str):
             return self.place.removeprefix(HUB).partition("@")[0].rpartition("/")[2]
         path = self.place.absolute()
-        return path.stem if path.suffix in SUFFIXES else path.name
+        return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
     def label(self, split: str) -> str:
         """The split's file, for messages."""
-        if isinstance(self.place, str) or self.place.suffix in SUFFIXES or _saved(self.place):
+        if isinstance(self.place, str) or self.place.suffix.lower() in SUFFIXES or _saved(self.place):
             return f"{self.place}: {split}"
         return str(_file(self.place, split) or self.place / f"{split}.json")
 
     def lacks(self) -> list[str]:
         """The files of a complete folder that are missing."""
-        if isinstance(self.place, str) or self.place.suffix in SUFFIXES or _saved(self.place):
+        if isinstance(self.place, str) or self.place.suffix.lower() in SUFFIXES or _saved(self.place):
             return [] if isinstance(self.place, str) or self.place.exists() else [str(self.place)]
         files = {f"{split}.json": _file(self.place, split) for split in ("train", "test")}
         return [name for name, file in files.items() if file is None or not file.is_file()]
@@ -86,7 +88,7 @@ class Source(NamedTuple):
             rows, notes = memory_rows(part)
             found = rows_split(rows, f"{self.place}: {split}", self.input, self.output, blank, notes)
             return self._instructed(found), _identifying(found)
-        single = self.place.suffix in SUFFIXES
+        single = self.place.suffix.lower() in SUFFIXES
         path = self.place if single else _file(self.place, split)
         if (single and split != "train") or (path is None and split == "dev"):
             return None
@@ -127,11 +129,12 @@ def parse_split(
         GainLoRAError: the content is in no known format.
     """
     notes: list[str] = []
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         rows, notes = memory_rows(_parquet(content, path))
-    elif path.suffix in (".csv", ".tsv"):
+    elif suffix in (".csv", ".tsv"):
         rows = list(_table(decode(content, path), path))
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1)
         rows = [parse_json(line, f"{path}: line {number}", REMEDY) for number, line in lines if line.strip()]
     else:
@@ -180,7 +183,7 @@ def rows_split(
     for number, row in full:
         target = answer(row)
         entries = target if isinstance(target, list) else [target]
-        numbers += sum(isinstance(entry, (int, float)) and not _missing(entry) for entry in entries)
+        numbers += sum(isinstance(entry, Number) and not _missing(entry) for entry in entries)
         answers = list(map(_as_text, target)) if isinstance(target, list) else _as_text(target)
         made.append((f"{where}: row {number}", {"input": read(row), "output": answers}))
     examples, more = checked_examples(made, where, allow_blank)
@@ -206,7 +209,7 @@ def _columns(row: Mapping[Any, Any], where: str, input: str | None, output: str 
         raise GainLoRAError(f"{where}: {'output' if input else 'input'}: name this column, too (columns: {listing}).")
     if not input and {"instruction", "output"} <= known.keys():  # Alpaca
         parts, answer = [known[name] for name in ("instruction", "input") if name in known], known["output"]
-        return lambda r: "\n".join(str(r[p]).strip() for p in parts if not _missing(r.get(p))), lambda r: r.get(answer)
+        return lambda r: _lines([_as_text(r.get(p)) for p in parts]), lambda r: r.get(answer)
     found = [(input, output)] if input else [(known[a], known[b]) for a, b in PAIRS if a in known and b in known]
     if not input and "messages" in known:
         found.append((known["messages"], known["messages"]))
@@ -222,17 +225,31 @@ def _columns(row: Mapping[Any, Any], where: str, input: str | None, output: str 
     return asked, lambda r: _chat(r.get(second))[1]
 
 
-def _chat(messages: Any) -> tuple[str, str | None]:
+def _lines(texts: list[Any]) -> Any:
+    """Texts on a line each, without empty ones; if one is no text it is returned, to be refused."""
+    other = [text for text in texts if not isinstance(text, str)]
+    return other[0] if other else "\n".join(text.strip() for text in texts if text)
+
+
+def _chat(messages: Any) -> tuple[Any, Any]:
     """All messages before the last answer, with their roles if there are several, and that answer; ("", None) if these
     are no messages that end in an answer."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return "", None
-    turns = [(str(m.get("role")), str(m.get("content") or "")) for m in messages if isinstance(m, Mapping)]
+    turns = [(str(m.get("role")), _content(m.get("content"))) for m in messages if isinstance(m, Mapping)]
     if len(turns) < max(2, len(messages)) or turns[-1][0] not in ("assistant", "gpt", "model"):
         return "", None
     *before, (_, answer) = turns
-    asked = before[0][1] if len(before) == 1 else "\n".join(f"{role}: {text}" for role, text in before)
-    return asked, answer
+    spoken = [f"{role}: {text}" if isinstance(text, str) else text for role, text in before]
+    return before[0][1] if len(before) == 1 else _lines(spoken), answer
+
+
+def _content(content: Any) -> Any:
+    """A message's text, also where it comes in parts of type text; anything else unchanged, to be refused."""
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return _as_text(content)
 
 
 def _missing(value: Any) -> bool:
@@ -245,7 +262,7 @@ def _as_text(value: Any) -> Any:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if isinstance(value, (int, float)) else value
+    return str(value) if isinstance(value, Number) else value
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -261,15 +278,20 @@ def _file(folder: Path, split: str) -> Path | None:
 
 def _table(text: str, path: Path) -> Iterator[dict[str, str]]:
     """Rows of CSV or TSV; spreadsheets of many countries separate by semicolons."""
-    header = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=header.count)
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    declared = re.fullmatch("sep=(.)", header.strip())  # as spreadsheets write it
+    usual = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    delimiter = declared[1] if declared else usual
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = [name.strip() for name in next(reader)]
+        rows = filter(None, reader)
+        if declared:
+            next(rows)
+        names = [name.strip() for name in next(rows, [])]
         if len(set(names)) < len(names):
             raise GainLoRAError(f"{path}: a column is given twice (columns: {', '.join(names)}); {REMEDY}.")
-        for row in filter(None, reader):
+        for row in rows:
             if len(row) != len(names):
                 place = f"{path}: line {reader.line_num}"
                 raise GainLoRAError(f"{place}: has {len(row)} values for {len(names)} columns; {REMEDY}.")

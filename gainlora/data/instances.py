@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,4 +143,5 @@ def _text(value: Any, where: str, remedy: str) -> str:
 def kind(value: Any) -> str:
     """What a value of JSON is, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value)) or f"the number {short_repr(value)}"
+    what = "the number" if isinstance(value, Number) else f"the {type(value).__name__}"
+    return names.get(type(value)) or f"{what} {short_repr(value)}"

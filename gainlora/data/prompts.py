@@ -3,8 +3,10 @@
 Templates: the authors' (GainLoRA, NeurIPS 2025). Parts are concatenated: braces in the data are text.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+from gainlora.errors import GainLoRAError, did_you_mean, short_repr
 
 NOW = "Now complete the following example -\nInput: "
 CUE = "\nOutput: "
@@ -80,3 +82,26 @@ def shorten(
         for (n, length), found in zip(tried.items(), ids, strict=True):
             (fits if len(found) <= room else too_long)[n] = length
     return {n: prompt.keep(part, fits[n]) for n, prompt in prompts.items()}
+
+
+def as_prompts(texts: Any, template: str, instructions: Mapping[str, str], task: str | None = None) -> list[Prompt]:
+    """Prompts for texts: inputs, which get a task's instruction, or complete prompts, which end in "Output: ".
+
+    Args:
+        instructions: of each learned task.
+        task: whose instruction; None: the one that all tasks share.
+
+    Raises:
+        GainLoRAError: no texts; no such task; or none is given and the tasks have several instructions.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise GainLoRAError(f"texts: {short_repr(texts)}: give a list of texts.")
+    if task is not None and task not in instructions:
+        raise GainLoRAError(f"task: {task!r} is not learned{did_you_mean(task, instructions)}.")
+    chosen = [instructions[task]] if task else sorted(set(instructions.values()))
+    if len(chosen) != 1 and not all(text.endswith(CUE) for text in texts):
+        names = ", ".join(instructions) or "none"
+        raise GainLoRAError(f"task: name the one whose instruction to ask with, as there are several ({names}).")
+    whole = [t if t.endswith(CUE) else build_prompt(template, chosen[0], t.strip()).text for t in texts]
+    return [parse_prompt(template, text, set(instructions.values())) for text in whole]

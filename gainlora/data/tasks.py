@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,26 @@ class Task:
     columns: InitVar[Mapping[str, str] | None] = None
 
     def __post_init__(self, columns: Mapping[str, str] | None) -> None:
-        if not is_name(self.name):
+        if not isinstance(self.name, str) or not is_name(self.name):
             raise GainLoRAError(f"task: {short_repr(self.name)} cannot name a task; use letters, digits, _ - and .")
         if not isinstance(self.instruction, str):
             raise GainLoRAError(f"task {self.name}: instruction: {short_repr(self.instruction)} is no text.")
+        if columns is not None and not (isinstance(columns, Mapping) and columns.keys() <= {"input", "output"}):
+            raise GainLoRAError(
+                f"task {self.name}: columns: {short_repr(columns)}: give the names of two columns, as "
+                '{"input": ..., "output": ...}.'
+            )
         made: dict[str, Any] = {"notes": list(self.notes), "instruction": self.instruction.strip()}
         for split in ("train", "test", "validation"):
             rows = getattr(self, split)
             if isinstance(rows, tuple) and all(isinstance(row, Example) for row in rows):
                 made[split] = rows
             elif rows is not None or split == "train":
+                if isinstance(rows, (str, Path, Mapping)) or not isinstance(rows, Iterable):
+                    raise GainLoRAError(
+                        f"task {self.name}: {split}: {short_repr(rows)}: give a list of dicts, a data frame or a "
+                        "datasets.Dataset."
+                    )
                 plain, notes = memory_rows(rows)
                 given = columns or {}
                 where = f"task {self.name}: {split}"
@@ -103,6 +113,18 @@ class Task:
     def parts(self, example: Example) -> Prompt:
         """The prompt in its parts."""
         return build_prompt(self.template, self.instruction, example.input)
+
+
+def as_tasks(given: Any) -> list[Task]:
+    """One task, or several, as a list.
+
+    Raises:
+        GainLoRAError: none, or something else.
+    """
+    tasks = [given] if isinstance(given, Task) else list(given) if isinstance(given, Sequence) else []
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise GainLoRAError(f"task: {short_repr(given)}: give a gainlora.Task, or a list of them.")
+    return tasks
 
 
 def read_task(source: Source | Path | str, template: str, metric: str, name: str = "") -> Task:

@@ -92,7 +92,8 @@ def write_learned(learner: "ContinualLearner", folder: Path) -> None:
     """
     if not learner.history:
         raise GainLoRAError("learner: nothing is learned yet, so there is nothing to save.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / RUN).is_file():
+    learner.check_scored()
+    if folder.exists() and not (folder / RUN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise GainLoRAError(f"{folder}: holds other files; name a new folder.")
     config, base = learner.config, learner.model.config.base_digest or ""
     fixed = config.with_options({"subspace.horizon": learner.horizon})

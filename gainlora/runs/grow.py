@@ -49,6 +49,12 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
         task = hold_out(take_task(source, copy, c.order.template, c.order.metric), copy, c.data)
         if name in c.order.tasks:
             if name == run.tasks[-1] and task.sha256 == run.recorded[name]["sha256"]:
+                had = c.train.task_epochs.get(name, c.train.epochs)
+                if epochs not in (None, had):
+                    raise GainLoRAError(
+                        f"train.epochs: {epochs}: {run.folder.name} has {name!r} with {had}; take it back first: "
+                        f"gainlora forget {run.folder.name} --last"
+                    )
                 return run
             how = "was left out by" if name in run.described["skipped"] else "is known to"
             raise GainLoRAError(f"{source.place}: {name!r} {how} {run.folder.name}; give the task a new name.")

@@ -6,6 +6,7 @@ Each new run begins a lineage of its own name. `gainlora learn` and `gainlora fo
 the head, in one atomic write; inboxes, deployments and the registry name the lineage.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from gainlora.errors import GainLoRAError
 from gainlora.io import read_json, write_json
 
 FOLDER = "lineages"
+RERUN = ".rerun"
+"""Suffix of the name of a run that repeats another; such runs share no steps."""
 
 
 def resolve(name: str | Path, root: Path = Path(".")) -> Path:
     """The run folder for a name.
 
     Args:
-        name: a run folder; `latest`; a lineage, for its head; a run's name or a unique prefix of it.
+        name: a run folder; `latest`, the run that was begun or made a head last; a lineage, for its head; a run's name
+            or a unique prefix of it.
 
     Raises:
         GainLoRAError: no match, or several.
@@ -32,7 +36,8 @@ def resolve(name: str | Path, root: Path = Path(".")) -> Path:
         return Path(name)
     found = sorted(path.parent for path in runs.glob("*/config.json"))
     if text == "latest" and found:
-        return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+        runs_alone = [folder for folder in found if folder.suffix != RERUN] or found
+        return max(runs_alone, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
     if exists(text, root):
         return runs / head(text, root)
     fitting = [folder for folder in found if folder.name == text] or [f for f in found if f.name.startswith(text)]
@@ -73,6 +78,7 @@ def move(name: str, run: str, root: Path, forgets: str | None = None) -> None:
     with FileLock(root / "runs" / FOLDER / ".lock"):
         forgotten = sorted({*_read(root, name)["forgotten"], *filter(None, [forgets])})
         write_json(_file(root, name), {"head": run, "forgotten": forgotten})
+        os.utime(root / "runs" / run / "config.json")  # `latest` is this run, also where it existed before
 
 
 def collect(root: Path) -> dict[str, str]:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 OWN = "data"
 """Subfolder of a run for the files of tasks that are not among its order's."""
-RERUN = ".rerun"
-"""Suffix of the name of a run that repeats another; such runs share no steps."""
 
 
 def make_folder(root: Path, described: dict[str, Any], data: dict[str, Any], own: Sequence[Path]) -> Path:
@@ -73,7 +71,7 @@ def _lenders(run: Run) -> list[tuple[int, Path]]:
     """Other runs with more shared first steps than are finished here, and their number; most first."""
     found = []
     for file in run.folder.parent.glob("*/config.json"):
-        if file.parent == run.folder or file.parent.name.endswith(RERUN):
+        if file.parent == run.folder or file.parent.name.endswith(lineage.RERUN):
             continue
         with suppress(GainLoRAError):
             described = io.read_json(file)

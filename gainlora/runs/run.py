@@ -33,7 +33,7 @@ from gainlora.runs import identity, lineage
 from gainlora.runs.data import data_entry, data_notes, kept_tasks, read_data
 from gainlora.runs.loading import load_learner, memory_note
 from gainlora.runs.records import read_run, read_step
-from gainlora.runs.reuse import OWN, RERUN, link_steps, make_folder
+from gainlora.runs.reuse import OWN, link_steps, make_folder
 from gainlora.runs.scores import BEFORE, LEARNED, TIMINGS, falls, write_scores
 from gainlora.sections import LaunchConfig
 from gainlora.training.callbacks import Callback, Callbacks
@@ -111,7 +111,7 @@ class Run:
         ids = identity.step_ids(config, [identity.TaskData(t.name, t.sha256, len(t.train)) for t in used], base)
         described = identity.describe(config, names, skipped, ids, base)
         if repeats:
-            described["run_id"] = described["lineage"] = f"{repeats.name}{RERUN}"
+            described["run_id"] = described["lineage"] = f"{repeats.name}{lineage.RERUN}"
         folder = root / "runs" / described["run_id"]
         lineage.collect(root)
         new, data = not (folder / "config.json").exists(), {}

@@ -12,9 +12,9 @@ from gainlora import distributed
 from gainlora.config import RunConfig
 from gainlora.data.checks import keeps_punctuation, majority_score
 from gainlora.data.collate import Split, count_cut, tokenize
-from gainlora.data.prompts import CUE, build_prompt, parse_prompt
-from gainlora.data.tasks import Task, hold_out, kept_for_replay, limited
-from gainlora.errors import GainLoRAError, add_context, did_you_mean
+from gainlora.data.prompts import as_prompts
+from gainlora.data.tasks import Task, as_tasks, hold_out, kept_for_replay, limited
+from gainlora.errors import GainLoRAError, add_context, short_repr
 from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, place, prepare_base
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.probe import check_behavior
@@ -23,7 +23,7 @@ from gainlora.training.callbacks import Callback, Callbacks, Console
 from gainlora.training.checkpoint import Checkpoints, Records, restore_branch
 from gainlora.training.evaluate import Prediction, answer_prompts, coefficient_summary, evaluate_task, mean, step_scores
 from gainlora.training.general import general_ability
-from gainlora.training.steps import Examples, basis_sizes, new_adapter, prepare_task, update_memory, zero_rows
+from gainlora.training.steps import Examples, Unscored, basis_sizes, new_adapter, prepare_task, update_memory, zero_rows
 from gainlora.training.train import train_task
 from gainlora.training.validation import Validation
 
@@ -63,6 +63,8 @@ class ContinualLearner:
     ) -> None:  # fmt: skip
         if config is not None and options:
             raise GainLoRAError(f"{min(options)}: give options or a whole configuration, not both.")
+        if not isinstance(base, (str, Path, tuple)):
+            raise GainLoRAError(f"base: {short_repr(base)}: give a folder, a hub id, or (model, tokenizer).")
         name = (getattr(base[0], "name_or_path", "") or "in-memory") if isinstance(base, tuple) else str(base)
         self.config = config or RunConfig.of(name, **options)
         if isinstance(base, tuple):
@@ -96,6 +98,7 @@ class ContinualLearner:
         """What a run records of each task in data.json."""
         self.history: list[dict[str, Any]] = []
         """Of each step of `learn`: what a run records in scores.json, subspace.json and coefficients.json."""
+        self._unscored: Unscored | None = None
 
     @classmethod
     def load(cls, folder: Path | str, base: Any = None, **arguments: Any) -> Self:
@@ -147,9 +150,37 @@ class ContinualLearner:
         Raises:
             GainLoRAError: the task cannot be learned. If training had begun, the model is unusable; load it again.
         """
-        tasks = [self._taken(t) for t in ([task] if isinstance(task, Task) else task)]
-        name = ALL_TASKS if self.config.rule.all_at_once else tasks[0].name
+        tasks = [self._taken(t) for t in as_tasks(task)]
         tell = Callbacks([*self.callbacks, *callbacks])
+        if self._unscored is None:
+            self._unscored = self._learn(tasks, tell)
+        elif [t.name for t in tasks] != [t.name for t in self._unscored.tasks]:
+            self.check_scored()
+        tasks, entries, before, seconds = self._unscored
+        keep = {t.name: entries[t.name]["keep_punctuation"] for t in tasks}
+        known = self.tasks | {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
+        with _timed(seconds, "evaluate"):
+            found = self.predictions(known.values(), keep)
+        with _timed(seconds, "base"):
+            base, general = self.base_scores(tasks, keep), self.general_ability()
+        majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
+        earlier = [step["scores"] for step in self.history]
+        scores = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
+        name = self.model.config.tasks[-1]
+        row = {"task": name, "index": self.learned, **scores, "general": general}
+        row |= {**self.facts(tasks), "seconds": seconds}
+        coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
+        curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
+        step = {"scores": row, "subspace": basis_sizes(self.model), "coefficients": coefficients, "stored": {}, **curve}
+        self.tasks, self.entries, self._unscored = known, {**self.entries, **entries}, None
+        self.config = self.config.with_options({"order.tasks": tuple(known)})
+        self.history.append(step)
+        tell.on_task_end(self.learned, name, row)
+        return dict(scores["scores"])
+
+    def _learn(self, tasks: list[Task], tell: Callbacks) -> Unscored:
+        """All of `learn` but the evaluation."""
+        name = ALL_TASKS if self.config.rule.all_at_once else tasks[0].name
         self._check_new(tasks)
         entries = {t.name: self._entry(t) for t in tasks}
         for t in tasks:
@@ -167,25 +198,15 @@ class ContinualLearner:
             self.train_task(name, tasks, keep, callbacks=[tell], replay=list(self.tasks.values()))
         with _timed(seconds, "update"):
             self.end_task(name, tasks)
-        self.tasks |= {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
-        self.entries |= entries
-        order = {**self.config.order.model_dump(), "tasks": list(self.tasks)}
-        self.config = self.config.model_copy(update={"order": type(self.config.order)(**order)})
-        with _timed(seconds, "evaluate"):
-            found = self.predictions(self.tasks.values(), keep)
-        with _timed(seconds, "base"):
-            base, general = self.base_scores(tasks, keep), self.general_ability()
-        majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
-        earlier = [step["scores"] for step in self.history]
-        known = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
-        row = {"task": name, "index": self.learned, **known, "general": general}
-        row |= {**self.facts(tasks), "seconds": seconds}
-        coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
-        curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
-        step = {"scores": row, "subspace": basis_sizes(self.model), "coefficients": coefficients, "stored": {}, **curve}
-        self.history.append(step)
-        tell.on_task_end(self.learned, name, row)
-        return dict(known["scores"])
+        return Unscored(tasks, entries, before, seconds)
+
+    def check_scored(self) -> None:
+        """Raise a GainLoRAError if the evaluation after the last task was interrupted."""
+        if self._unscored is not None:
+            names = ", ".join(t.name for t in self._unscored.tasks)
+            raise GainLoRAError(
+                f"learner: {names} is learned, but not evaluated: `learn` it again, which only does that."
+            )
 
     def _taken(self, task: Task) -> Task:
         """The task under this learner's settings, with its validation examples."""
@@ -283,13 +304,16 @@ class ContinualLearner:
 
     # -- using the model ---------------------------------------------------------------------------------------
 
-    def evaluate(self, tasks: Iterable[Task] | None = None) -> dict[str, float]:
+    def evaluate(self, tasks: Task | Sequence[Task] | None = None) -> dict[str, float]:
         """The score (0 to 100) on each task's test examples.
 
         Args:
             tasks: with other test examples; None: all learned tasks.
         """
-        given = [limited(self._taken(t), self.config.data) for t in (self.tasks.values() if tasks is None else tasks)]
+        order, given = self.config.order, [*self.tasks.values()]
+        if tasks is not None:
+            asked = (replace(t, template=order.template, metric=order.metric) for t in as_tasks(tasks))
+            given = [limited(t, self.config.data) for t in asked]
         return {name: mean(answers) for name, answers in self.predictions(given).items()}
 
     def predictions(
@@ -343,18 +367,12 @@ class ContinualLearner:
         Raises:
             GainLoRAError: the tasks have several instructions, or no such task is learned.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
         instructions = {name: entry.get("definition", "") for name, entry in self.entries.items()}
-        if task is not None and task not in instructions:
-            raise GainLoRAError(f"task: {task!r} is not learned{did_you_mean(task, instructions)}.")
-        chosen = [instructions[task]] if task else sorted(set(instructions.values()))
-        bare = not all(text.endswith(CUE) for text in texts)
-        if (bare and len(chosen) != 1) or (self.config.rule.task_known and task is None):
-            names = ", ".join(instructions) or "none"
-            raise GainLoRAError(f"task: name the one whose instruction to ask with, as there are several ({names}).")
-        template, known = self.config.order.template, set(instructions.values())
-        whole = [t if t.endswith(CUE) else build_prompt(template, chosen[0], t.strip()).text for t in texts]
-        prompts = [parse_prompt(template, text, known) for text in whole]
+        if self.config.rule.task_known and task is None:
+            raise GainLoRAError(f"task: {self.config.method} needs the task of the texts: {', '.join(instructions)}.")
+        prompts = as_prompts(texts, self.config.order.template, instructions, task)
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise GainLoRAError(f"max_new_tokens: {max_new_tokens}: give 1 or more.")
         self.model.task = self.model.config.tasks.index(task) if task in self.model.config.tasks else None
         return [a.text for a in answer_prompts(self.model, self.tokenizer, prompts, self.config, max_new_tokens)]
 

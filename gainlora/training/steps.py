@@ -7,7 +7,7 @@ update    the rule's finish; fold and freeze branch and gate t; covariances unde
 import random
 from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from gainlora import distributed
 from gainlora.config import RunConfig
 from gainlora.data.collate import IGNORED, buckets, collate, lengths
+from gainlora.data.tasks import Task
 from gainlora.errors import GainLoRAError
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.covariance import gate_covariances, layer_covariances, routing_sums
@@ -27,6 +28,16 @@ from gainlora.training.train import derive_seed, target_loss
 
 PASS_BATCH = 25
 """Examples per forward pass for covariances: fixed, since the order of summation affects the last bits."""
+
+
+class Unscored(NamedTuple):
+    """What is known of the newest tasks before they are evaluated."""
+
+    tasks: list[Task]
+    entries: dict[str, dict[str, Any]]
+    """What a run records of each in data.json."""
+    before: dict[str, float]
+    seconds: dict[str, float]
 
 
 class Examples:

@@ -15,7 +15,6 @@ from gainlora.report.frame import (
     bounds,
     differs,
     example_bounds,
-    published,
     span,
     spread,
 )  # fmt: skip
