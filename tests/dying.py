@@ -20,35 +20,6 @@ fresh.set_forkserver_preload(
 )
 
 
-def at(point: str, call: int, act: Callable[[], Any]) -> None:
-    """Act when `module:name` is called for that time in this process; a trailing "!": when that call is over."""
-    path, after = point.removesuffix("!"), point.endswith("!")
-    module, _, name = path.partition(":")
-    owner: Any = importlib.import_module(module)
-    *outer, last = name.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
-    original, calls = getattr(owner, last), 0
-
-    @functools.wraps(original)
-    def acting(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        now = calls == call
-        if now and not after:
-            act()
-        result = original(*arguments, **named)
-        if now and after:
-            act()
-        return result
-
-    setattr(owner, last, acting)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def in_a_process(work: Callable[..., Any], *arguments: Any) -> int | None:
     """Do the work in a process of its own; its exit code, negative for a signal."""
     process = fresh.Process(target=work, args=arguments)
@@ -64,5 +35,24 @@ def killed_at(point: str, call: int, work: Callable[..., Any], *arguments: Any) 
 
 
 def _dying(point: str, call: int, work: Callable[..., Any], *arguments: Any) -> None:
-    at(point, call, die)
+    """Work, and die when `module:name` is called for that time; a trailing "!": when that call is over."""
+    path, after = point.removesuffix("!"), point.endswith("!")
+    module, _, name = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), 0
+
+    @functools.wraps(original)
+    def deadly(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        now = calls == call
+        result = None if now and not after else original(*given, **named)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, last, deadly)
     work(*arguments)

@@ -189,7 +189,7 @@ def test_a_pipeline_answers_as_generate_does(gated, caplog):
 # -- the finished model and its card -----------------------------------------------------------------------
 
 
-def test_a_finished_model_stands_alone(gated, tmp_path, capsys, monkeypatch):
+def test_a_finished_model_stands_alone(gated, tmp_path, capsys):
     """Copied away, and its run gone: the same answers, and a card with the run's numbers and the data's terms."""
     away = shutil.copytree(gated.parent.parent, tmp_path / "project")
     text = prompt(gated, "task2").split("\n")[1]

@@ -8,7 +8,6 @@ from gainlora.errors import GainLoRAError
 from gainlora.io import verify_checksums
 from tests.runs import copy_of, learn, project, tensors
 
-METHOD = "gainlora-inflora"
 LAYER = r"model\.layers\.\d\.self_attn\.q_proj"
 
 

@@ -267,7 +267,7 @@ def test_a_copy_where_links_are_impossible(tmp_path, monkeypatch):
     assert not (tmp_path / "task_01_task1" / "scores.json").samefile(source / "scores.json")
 
 
-def test_a_run_is_found_by_folder_name_beginning_lineage_and_latest(two, monkeypatch):
+def test_a_run_is_found_by_folder_name_beginning_lineage_and_latest(two):
     folder, source = two
     root = folder.parent.parent
     longer = add(folder, source)

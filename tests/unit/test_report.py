@@ -21,10 +21,8 @@ from gainlora.report.frame import (
 from gainlora.report.one_run import matrix_table
 from gainlora.report.report import report_page
 from gainlora.runs.records import read_run
-from gainlora.sections import ReportConfig
 from tests.fake_run import FORGETS, THREE, R, run_of, write_run
 
-REPORT = ReportConfig(decimals=1, dpi=40)
 FIFTEEN = [f"task{i}" for i in range(15)]
 
 

@@ -78,7 +78,7 @@ def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(tmp_path, kind):
     assert tensors(first.task_folder(3)) != tensors(learn(one, seed=2).task_folder(3))
 
 
-def test_a_learner_in_memory_learns_what_a_run_learns(tmp_path, monkeypatch):
+def test_a_learner_in_memory_learns_what_a_run_learns(tmp_path):
     root = project(tmp_path / "project")
     run, config = learn(root), config_of(root)
     base, tokenizer = load_base(str(root / "base"), torch.float32)

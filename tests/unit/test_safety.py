@@ -13,7 +13,7 @@ from gainlora.runs.repair import repair
 from tests.unit.test_embedded import wheel
 
 
-def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path, monkeypatch):
+def test_whatever_a_package_holds_nothing_is_written_outside(tmp_path):
     """Members are read by their one name, so `..`, absolute names and links in a package lead nowhere."""
     place = tmp_path / "project" / "models" / "part"
     place.mkdir(parents=True)
