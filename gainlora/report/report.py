@@ -74,8 +74,8 @@ def _verdict(page: Page, frame: Frame, decimals: int) -> None:
             f"(seeds: {len(AP[best])})"
         ]
         for pair in paired[(paired["order"] == order) & (paired["model"] == model)].itertuples():
-            low, high = bounds(pair.difference)
-            shown = f"95 % over seeds {span((low, high), decimals)}" if low < high else "one seed"
+            several = len(pair.difference) > 1
+            shown = f"95 % over seeds {span(bounds(pair.difference), decimals)}" if several else "one seed"
             shown += f"; over examples {span(pair.examples, decimals)}"
             shown += "" if differs(pair.difference, pair.examples) else ": no difference shown"
             FTs = (f"{pair.both[name].mean():.{decimals}f}" for name in ("FT_equal", "FT"))

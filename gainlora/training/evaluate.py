@@ -15,7 +15,7 @@ from gainlora.errors import GainLoRAError
 from gainlora.model.base import to_device
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.progress import track
-from gainlora.training.metrics import comparable, routing, score, summary
+from gainlora.training.metrics import comparable, fold, normalize, routing, score, summary
 
 MARGIN = 3
 """Tokens of an answer beyond the longest reference, for blanks, punctuation and other spellings."""
@@ -162,8 +162,8 @@ def evaluate_task(
 
 def _undecided(cut: Prediction, keep_punctuation: bool) -> bool:
     """Whether more tokens can decide the score of a cut answer: it is blank, or the beginning of a reference."""
-    given = comparable("exact_match", cut.prediction, keep_punctuation)
-    return any(str(comparable("exact_match", r, keep_punctuation)).startswith(str(given)) for r in cut.references)
+    given = fold(cut.prediction) if keep_punctuation else normalize(cut.prediction)
+    return any(str(comparable("exact_match", r, keep_punctuation)).startswith(given) for r in cut.references)
 
 
 def step_scores(

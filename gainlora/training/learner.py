@@ -205,7 +205,7 @@ class ContinualLearner:
         if self._unscored is not None:
             names = ", ".join(t.name for t in self._unscored.tasks)
             raise GainLoRAError(
-                f"learner: {names} is learned, but not evaluated: `learn` it again, which only does that."
+                f"learner: {names}: learned, but not evaluated; `learn` it again, which only does that."
             )
 
     def _taken(self, task: Task) -> Task:

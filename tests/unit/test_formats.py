@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from gainlora.config import load_config
@@ -65,11 +66,17 @@ def test_alpaca_and_chats_keep_all_that_precedes_the_answer():
     turns = [("system", "Be short."), ("user", "1 2?"), ("assistant", "3"), ("user", "4?"), ("assistant", "7")]
     chat = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     assert pairs(Task("t", chat, chat).train) == [("system: Be short.\nuser: 1 2?\nassistant: 3\nuser: 4?", "7")]
+    parts = [[{"type": "text", "text": text}] for text in ("1 2?", "3")]
+    said = [{"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), parts, strict=True)]}]
+    assert pairs(Task("t", said, said).train) == [("1 2?", "3")]
+    said[0]["messages"][0]["content"] = [{"type": "image", "url": "x"}]
+    with pytest.raises(GainLoRAError, match="'input' is a list"):
+        Task("t", said, said)
 
 
 def test_numbers_and_class_labels_become_text_and_this_is_said_once():
     rows = [{"text": f"t{n}", "label": n % 2} for n in range(4)]
-    task = Task("t", rows, rows)
+    task = Task("t", [{**row, "label": np.int64(row["label"])} for row in rows], rows)
     assert [e.references for e in task.train] == [("0",), ("1",)] * 2
     assert task.notes == tuple(
         f"task t: {split}: 4 answers are numbers, and become text." for split in ("train", "test")
@@ -107,6 +114,7 @@ REFUSED = {
     "an open quote": ('text,label\n"a,b\n', "line 2: unexpected end of data"),
     "a column twice": ("text,text\na,b\n", "a column is given twice"),
     "no row": ("text,label\n,\n", "has no row"),
+    "a byte order mark alone": ("\ufeff", "has no row"),
     "no input": ("text,label\n,b\n", "row 1: 'input' is empty"),
 }
 
@@ -118,6 +126,12 @@ def test_refused_tables_name_file_row_and_columns(tmp_path, case):
     with pytest.raises(GainLoRAError) as caught:
         Source.of(tmp_path / "mine.csv").read("train")
     assert message in str(caught.value) and str(tmp_path / "mine.csv") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["\ntext;label\na,b;c\n", "sep=;\ntext;label\na,b;c\n"])
+def test_a_table_begins_at_its_first_line_that_holds_columns(tmp_path, content):
+    (tmp_path / "MINE.CSV").write_text(content)
+    assert pairs(Source.of(tmp_path / "MINE.CSV").read("train")[0].examples) == [("a,b", "c")]
 
 
 def test_named_columns_are_read_and_must_exist(tmp_path):

@@ -141,6 +141,54 @@ def test_what_cannot_be_learned_changes_nothing(tmp_path):
             Task(name, rows(0, 3))
 
 
+def test_an_interrupted_evaluation_is_made_up_for_and_nothing_is_counted_without_it(tmp_path, monkeypatch):
+    first, second, third = (Task(f"task{n}", rows(30 * n), rows(30 * n), "Sort") for n in range(3))
+    whole, mine = learner(), learner()
+    whole.learn(first)
+    mine.learn(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualLearner, "predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mine.learn(second)
+    for refused in (lambda: mine.learn(third), lambda: mine.save(tmp_path / "adapter")):
+        with pytest.raises(GainLoRAError, match="task1: learned, but not evaluated; `learn` it again"):
+            refused()
+    assert mine.learn(second) == whole.learn(second) and mine.accuracy_matrix == whole.accuracy_matrix
+    mine.save(tmp_path / "adapter")
+    assert mine.learn(third) == whole.learn(third)
+
+
+def test_what_was_learned_with_held_out_examples_is_evaluated_after_loading(tmp_path):
+    mine = learner(validation=0.2, keep="best")
+    mine.learn(Task("task1", rows(0), rows(0), "Sort"))
+    mine.save(tmp_path / "adapter")
+    loaded = ContinualLearner.load(tmp_path / "adapter", (tiny_llama(), tiny_tokenizer()), callbacks=[])
+    assert loaded.evaluate() == mine.evaluate()
+
+
+ARGUMENTS = {
+    "a task without a text as name": (lambda _: Task(5, rows(0)), "task: 5 cannot name a task"),
+    "a file as rows": (lambda _: Task("t", Path("mine.csv")), "task t: train: .* give a list of dicts"),
+    "no rows": (lambda _: Task("t", None), "task t: train: None: give a list of dicts"),
+    "misspelled columns": (lambda _: Task("t", rows(0), columns={"inptu": "text"}), "columns: .* give the names"),
+    "no base": (lambda _: ContinualLearner(None), "base: None: give a folder"),
+    "no task": (lambda mine: mine.learn(None), "task: None: give a gainlora.Task"),
+    "no tasks": (lambda mine: mine.learn([]), r"task: \[\]: give a gainlora.Task"),
+    "a name to evaluate": (lambda mine: mine.evaluate(["task1"]), r"task: .*: give a gainlora.Task"),
+    "texts that are none": (lambda mine: mine.generate([None]), r"texts: .* give a list of texts"),
+    "no new tokens": (lambda mine: mine.generate(["w1"], max_new_tokens=0), "max_new_tokens: 0: give 1 or more"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_wrong_arguments_are_named(case):
+    call, message = ARGUMENTS[case]
+    mine = learner()
+    mine.entries["task1"] = {"definition": "Sort"}
+    with pytest.raises(GainLoRAError, match=message):
+        call(mine)
+
+
 def test_a_base_model_serves_one_learner():
     base = (tiny_llama(), tiny_tokenizer())
     learner(base)

@@ -185,6 +185,8 @@ def test_the_same_task_again_is_there_already_and_another_of_its_name_is_refused
     longer = add(folder, source)
     with Run.open(longer.folder) as run:
         assert extended(run, source) is run
+        with pytest.raises(GainLoRAError, match=r"train.epochs: 5: .* has 'task3' with .*; take it back first"):
+            extended(run, source, 5)
     train = json.loads((source / "train.json").read_text())
     (source / "train.json").write_text(json.dumps({**train, "Instances": train["Instances"][:9]}))
     with Run.open(longer.folder) as run, pytest.raises(GainLoRAError, match=r"'task3' is known to .* a new name"):
@@ -275,6 +277,13 @@ def test_a_run_is_found_by_folder_name_beginning_lineage_and_latest(two):
     for name, run in found.items():
         assert lineage.resolve(name, root) == run.folder
     assert lineage.resolve(folder, root) == folder
+    rerun_of_it = shutil.copytree(folder, folder.with_name(f"{folder.name}{lineage.RERUN}"))
+    another = shutil.copytree(folder, folder.with_name("another"))
+    for newer in (another, rerun_of_it):
+        (newer / "config.json").touch()
+    assert lineage.resolve("latest", root) == another
+    shorter = forget(longer.folder)
+    assert lineage.resolve("latest", root) == shorter.folder == folder
     with pytest.raises(GainLoRAError, match="begins the names of 2 runs"):
         lineage.resolve("tiny-", root)
     with pytest.raises(GainLoRAError, match="nothing: no such run"):

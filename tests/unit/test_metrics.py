@@ -5,9 +5,13 @@ import re
 import string
 import unicodedata
 
+import datasets
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
+from torch import nn
 
+from gainlora.config import load_config
+from gainlora.training import evaluate
 from gainlora.training.metrics import (
     average_performance,
     backward_transfer,
@@ -130,3 +134,25 @@ def test_routing_counts_prompts_and_pairs():
         assert found["auc"] == pytest.approx(sum(pairs) / len(pairs))
         assert found["top1"] == sum(row.index(max(row)) == i for row in rows) / len(rows)
     assert routing({"x": [[0.5]]}) == {}
+
+
+class Words:
+    """A tokenizer whose tokens are words and blanks."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [text.split(" ") for text in texts]}
+
+
+@pytest.mark.parametrize(
+    "full", ["A", "A: B: C: D: E: F: G", "a.", "- - - - - - A", "- - - - - - A B", "B and much more of it"]
+)
+@pytest.mark.parametrize("keep_punctuation", [False, True])
+def test_a_cut_answer_scores_as_in_full(monkeypatch, full, keep_punctuation):
+    def answer_batch(model, tokenizer, rows, longest, beams):
+        return [" ".join(full.split(" ")[:longest]) for _ in rows], None
+
+    monkeypatch.setattr(evaluate, "answer_batch", answer_batch)
+    rows = datasets.Dataset.from_list([{"prompt_ids": [1], "references": ["A"]}] * 3)
+    given = (nn.Module(), Words(), rows, "exact_match", load_config("embedded"), "task", keep_punctuation)
+    cut, whole = (evaluate.evaluate_task(*given, unlearned=unlearned) for unlearned in (True, False))
+    assert [p.score for p in cut] == [p.score for p in whole]
