@@ -166,8 +166,7 @@ class ContinualLearner:
         majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
         earlier = [step["scores"] for step in self.history]
         scores = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
-        name = self.model.config.tasks[-1]
-        row = {"task": name, "index": self.learned, **scores, "general": general}
+        row = {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}
         row |= {**self.facts(tasks), "seconds": seconds}
         coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
         curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
@@ -175,7 +174,7 @@ class ContinualLearner:
         self.tasks, self.entries, self._unscored = known, {**self.entries, **entries}, None
         self.config = self.config.with_options({"order.tasks": tuple(known)})
         self.history.append(step)
-        tell.on_task_end(self.learned, name, row)
+        tell.on_task_end(self.learned, row["task"], row)
         return dict(scores["scores"])
 
     def _learn(self, tasks: list[Task], tell: Callbacks) -> Unscored:
