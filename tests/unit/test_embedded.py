@@ -298,7 +298,7 @@ def test_an_interrupted_fetch_leaves_nothing_half_made(tmp_path, offline, monkey
         raise error
 
     root = tmp_path / "project"
-    (root / "models/.smollm2-135m.part").mkdir(parents=True)  # as a killed fetch leaves them
+    (root / f"models/.smollm2-135m.{2**22 + 1}.part").mkdir(parents=True)  # as a killed fetch leaves them
     (root / ".cache/fetch-old").mkdir(parents=True)
     monkeypatch.setattr(sources, "convert", stop)
     with pytest.raises(error):

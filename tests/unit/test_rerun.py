@@ -61,12 +61,12 @@ def test_a_tasks_randomness_comes_from_seed_and_task_alone(tmp_path, monkeypatch
     for name in ("prepare_task", "train_task", "update_memory", "evaluate_task"):
         original = getattr(learner, name)
 
-        def scrambled(*arguments, original=original):
+        def scrambled(*arguments, original=original, **named):
             noise = random.SystemRandom().randrange(2**32)
             random.seed(noise)
             np.random.seed(noise)
             torch.manual_seed(noise)
-            return original(*arguments)
+            return original(*arguments, **named)
 
         monkeypatch.setattr(learner, name, scrambled)
     assert state(learn(root, method=method)) == expected
