@@ -95,6 +95,11 @@ class Figures:
         one = Frame([record])
         return float(one.roles(one.groups.index[0])[role].mean())
 
+    def own(self, branch: int, method: str, **where: Any) -> str:
+        """Mean coefficient of branch 1, 2, ... on its own task, after the last one."""
+        one = Frame(self.runs(method, **where))
+        return f"{one.roles(one.groups.index[0])['own task'].iloc[branch - 1]:.2f}"
+
     def score(self, task: str, method: str, step: int | None = None, **where: Any) -> str:
         """Score on a task after the last task, or after task `step` (from 1); mean over seeds."""
         runs = self.runs(method, **where)
