@@ -128,7 +128,7 @@ def test_two_processes_teach_it_too_and_a_repaired_run_learns_what_it_lacks(serv
     kept = {p: p.read_bytes() for p in (folder / "result.json", folder / "task_02_task2" / "adapter_model.safetensors")}
     served("gainlora", "forget", folder.name, "--last")
     said = served("gainlora", "repair", folder.name, "--from-task", "2")
-    assert f"1 good tasks; `gainlora learn {folder.name}` learns the others again" in said
+    assert f"1 good tasks; `gainlora learn runs/{folder.name}` learns the others again" in said
     for _ in range(2):  # the second time there is nothing left to learn
         served("gainlora", "learn", folder.name)
         assert {p: p.read_bytes() for p in kept} == kept
