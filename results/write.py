@@ -7,7 +7,6 @@ the words; each figure in them is a call of a method of `Figures`.
 """
 
 import re
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -108,12 +107,12 @@ class Figures:
         return f"{np.mean([row[at] for row in rows]):.0f}"
 
 
-def texts(records: list[Record]) -> dict[Path, str]:
+def texts(figures: Figures) -> dict[Path, str]:
     """Path -> content of every written text but the report."""
     words = Environment(
         loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, keep_trailing_newline=True
     )
-    words.globals["f"] = Figures(records)
+    words.globals["f"] = figures
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("caption", "table"):
         block = words.get_template(f"{name}.md.j2").render()
@@ -125,11 +124,11 @@ def texts(records: list[Record]) -> dict[Path, str]:
     return {ROOT / "README.md": readme, HERE / "README.md": words.get_template("README.md.j2").render()}
 
 
-def draw(runs: Callable[..., list[Record]], model: str) -> None:
+def draw(figures: Figures, model: str) -> None:
     """The picture: R of two methods, seed 42, side by side."""
     images = []
     for method, title in PICTURED.items():
-        record = runs(method, model=model, seed=42)[0]
+        record = figures.runs(method, model=model, seed=42)[0]
         figure, _ = run_figures(record, decimals=0)["accuracy_matrix"]
         average, forgetting = (record.result[name] for name in ("AP", "FT"))
         figure.suptitle(f"{title}: AP {average:.1f}, FT {forgetting:.1f}", fontsize=11, fontweight="bold")
@@ -142,10 +141,11 @@ def draw(runs: Callable[..., list[Record]], model: str) -> None:
 
 def main() -> None:
     records = [read_result_file(path) for path in sorted(HERE.glob("*/*.json"))]
-    for path, text in texts(records).items():
+    figures = Figures(records)
+    for path, text in texts(figures).items():
         path.write_text(text, encoding="utf-8")
     write_report(records, HERE, ReportConfig())
-    draw(Figures(records).runs, "gemma-3-270m")
+    draw(figures, "gemma-3-270m")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ adapters/<order>/              a finished model (export/hub.py); the same from a
 """
 
 import hashlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,15 +125,22 @@ def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     learner.config = learner.config.with_options({"order.tasks": tuple(tasks)})
 
 
-def new_folder(place: Path) -> AbstractContextManager[Path]:
-    """`gainlora.io.whole_folder` for a place that is free.
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """`gainlora.io.whole_folder` for a place that is free, and still is when the block has filled it.
 
     Raises:
         GainLoRAError: `place` exists.
     """
+    _check_free(place)
+    with whole_folder(place) as part:
+        yield part
+        _check_free(place)
+
+
+def _check_free(place: Path) -> None:
     if place.exists():
         raise GainLoRAError(f"--out: {place} exists already; name a new folder, or remove it.")
-    return whole_folder(place)
 
 
 def files_sha256(source: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from gainlora.plans import experiments
 from gainlora.report.report import report_page
 from gainlora.runs.records import read_result_file
-from results.write import texts
+from results.write import Figures, texts
 
 ROOT = Path(__file__).parents[2]
 PLAN = Path("results/plan.yaml")
@@ -45,6 +45,6 @@ def test_committed_files_belong_to_the_plan_and_hold_their_own_arithmetic():
 def test_every_figure_of_the_results_is_that_of_the_files():
     """README.md, results/README.md and report.md are as `python results/write.py` writes them today."""
     records = [read_result_file(path) for path in sorted(RESULTS.glob("*/*.json"))]
-    for path, text in texts(records).items():
+    for path, text in texts(Figures(records)).items():
         assert path.read_text(encoding="utf-8") == text, path
     assert (RESULTS / "report.md").read_text(encoding="utf-8") == report_page(records, 1).markdown

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 from flows import publish
-from gainlora import GainLoRAModel
+from gainlora import GainLoRAError, GainLoRAModel
 from gainlora.__main__ import main
 from gainlora.export.hub import write_release
-from gainlora.export.saved import open_saved
+from gainlora.export.saved import new_folder, open_saved
 from gainlora.inference import Predictor
 from tests.runs import learn, project, prompt
 
@@ -364,3 +364,11 @@ def test_a_long_file_stops_cleanly(gated, tmp_path):
         assert process.returncode == code
         lines = [json.loads(line)["id"] for line in rest.splitlines()]
         assert lines == list(range(1, len(lines) + 1)) and len(lines) < 4999
+
+
+def test_a_place_that_another_process_took_meanwhile_is_left_to_it(tmp_path):
+    with pytest.raises(GainLoRAError, match="exists already"), new_folder(tmp_path / "out") as part:
+        (part / "mine").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
