@@ -13,12 +13,13 @@ an attention) share x A^T. Memory for backward does not grow with the frozen bra
 branch's columns of h. Gradients flow through frozen branches to the layers below.
 
 Branches are float32. With a bfloat16 base on a GPU, products read bfloat16 and sum in float32; there A is the sum of a
-high and a low bfloat16 part, so that A x = 0 remains 0 where InfLoRA needs it (to 1e-6 of |A| |x|).
+high and a low bfloat16 part, so that A x = 0 remains 0 where InfLoRA needs it (to 1e-6 of |A| |x|). Both parts of h
+stay apart, with B once below each: the second product adds them.
 
 LoRA: Hu et al. (ICLR 2022). Integration: GainLoRA (NeurIPS 2025), equation of the integrated branches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,8 +33,8 @@ ALIGNED = 8
 """K is a multiple of this: tensor cores read rows of 16 bytes."""
 
 Columns = tuple[Tensor, Tensor]
-"""s * a of every column of h (B, 1, 1, K), 0 for padding, without gradient; and s * a of the newest branch (B,), where
-the gradient of the gate being learned arrives."""
+"""s * a of every column of h (B, 1, 1, 1, K), 0 for padding, without gradient; and s * a of the newest branch (B,),
+where the gradient of the gate being learned arrives."""
 
 
 class Integration:
@@ -77,8 +78,8 @@ class Integration:
         if key not in self._columns:
             # only operations that save nothing for backward: gradient checkpointing counts what a block saves
             a = scaling * a.to(device).unsqueeze(1).expand(-1, batch // len(a), -1).flatten(0, 1)  # (batch, T)
-            scaled = a.new_zeros(batch, 1, 1, width)
-            scaled[..., : a.shape[1] * rank] = a.detach().repeat_interleave(rank, dim=1)[:, None, None]
+            scaled = a.new_zeros(batch, 1, 1, 1, width)
+            scaled[..., : a.shape[1] * rank] = a.detach().repeat_interleave(rank, dim=1)[:, None, None, None]
             self._columns[key] = scaled, a[:, -1]
         return self._columns[key]
 
@@ -89,18 +90,17 @@ class Weights(NamedTuple):
     A: Tensor
     """(G, K, d_in), float32."""
     B: list[Tensor]
-    """Per layer B^T (K, d_out), in the dtype of its output."""
+    """Per layer B^T (P * K, d_out), P times the same, in the dtype of its output."""
     exact_B: list[Tensor]
-    """The same in float32."""
+    """B^T (K, d_out) in float32."""
     parts: Tensor | None
-    """A in bfloat16, first the high parts, then the low ones: (2 * G * K, d_in); None: products read float32."""
+    """A in bfloat16, of each layer the high part, then the low one: (G * 2 * K, d_in); None: products read float32."""
 
     def project(self, x: Tensor) -> Tensor:
-        """h = x A^T (N, G * K), float32, for x (N, d_in)."""
-        if self.parts is None:
-            return x.to(self.A.dtype) @ self.A.flatten(0, 1).T
-        high, low = _product(x, self.parts.T).chunk(2, dim=1)
-        return high + low
+        """h = x A^T (B, S, G, P, K), float32, as P = 2 parts to be added, or 1, for x (B, S, d_in)."""
+        rows = x.flatten(0, 1)
+        h = rows.to(self.A.dtype) @ self.A.flatten(0, 1).T if self.parts is None else _product(rows, self.parts.T)
+        return h.view(*x.shape[:2], len(self.A), -1, self.A.shape[1])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -110,13 +110,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _scaled(h: Tensor, c: Tensor | float, dtype: torch.dtype) -> Tensor:
     """h * c in another dtype, by one kernel."""
-    return torch.mul(h, c, out=torch.empty_like(h, dtype=dtype))
+    return torch.mul(h, c, out=h.new_empty(h.shape, dtype=dtype))
 
 
 def _add(es: Sequence[Tensor], x: Tensor, weights: Weights, c: Tensor | float) -> Tensor:
-    """Add G layers' branches into their outputs e (B, S, d_out), in place; returns h (B, S, G, K)."""
-    h = weights.project(x.flatten(0, 1)).view(*x.shape[:2], *weights.A.shape[:2])
-    hc = _scaled(h, c, es[0].dtype)
+    """Add G layers' branches into their outputs e (B, S, d_out), in place; returns h (B, S, G, P, K)."""
+    h = weights.project(x)
+    hc = _scaled(h, c, es[0].dtype).flatten(3)
     for index, (e, B) in enumerate(zip(es, weights.B, strict=True)):
         e.view(-1, e.shape[-1]).addmm_(hc[:, :, index].flatten(0, 1), B)
     return h
@@ -136,7 +136,7 @@ class Branches(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Args:
         x: (B, S, d_in).
-        newest: s * a of the newest branch (B,), or None. c: s * a (B, 1, 1, K), or s.
+        newest: s * a of the newest branch (B,), or None. c: s * a (B, 1, 1, 1, K), or s.
         start: first column of the newest branch.
         count: G.
         tensors: G outputs e (B, S, d_out), modified in place; then A (r, d_in) of the newest branches, which are rows
@@ -149,7 +149,7 @@ class Branches(torch.autograd.Function):
         needs_A, needs_B = any(ctx.needs_input_grad[6 + count : 6 + 2 * count]), bool(new_As)
         ctx.save_for_backward(
             x if needs_A else None,
-            h[..., start : start + rank].clone() if needs_B else None,
+            h[..., start : start + rank].sum(3, keepdim=True) if needs_B else None,  # (B, S, G, 1, r)
             *tensors[count:],  # not read, but checked not to change before backward
         )
         ctx.c, ctx.weights, ctx.dtype = c, weights, x.dtype
@@ -166,25 +166,26 @@ class Branches(torch.autograd.Function):
         working = ctx.dtype if narrow else weights.A.dtype  # of the products
         with exact_products(grads[0].device):
             wide = [g.flatten(0, 1).to(working) for g in grads]  # (N, d_out)
-            Bs = weights.B if narrow else weights.exact_B
-            parts = [_product(g, B.T) for g, B in zip(wide, Bs, strict=True)]  # (N, K)
-            dh = (parts[0] if count == 1 else torch.cat(parts, dim=1)).view(*grads[0].shape[:2], count, -1)
+            Bs = [B[: weights.A.shape[1]] for B in (weights.B if narrow else weights.exact_B)]
+            dhs = [_product(g, B.T) for g, B in zip(wide, Bs, strict=True)]  # (N, K)
+            dh = (dhs[0] if count == 1 else torch.cat(dhs, dim=1)).view(*grads[0].shape[:2], count, 1, -1)
             dx = newest = None
             dAs: Sequence[Tensor | None] = [None] * count
             dBs: Sequence[Tensor | None] = [None] * count
             if ctx.needs_input_grad[1]:
-                newest = (dh[..., new] * h_new).sum((1, 2, 3))  # (B,)
+                newest = (dh[..., new] * h_new).sum((1, 2, 3, 4))  # (B,)
             if h_new is not None:
                 c_new = c[..., new] if isinstance(c, Tensor) else c
-                hc_new = _scaled(h_new, c_new, working).flatten(0, 1)  # (N, G, r)
+                hc_new = _scaled(h_new, c_new, working).squeeze(3).flatten(0, 1)  # (N, G, r)
                 dBs = [_product(hc_new[:, i].T, g).T for i, g in enumerate(wide)]  # (d_out, r)
-            dh = _scaled(dh, c, working)
+            dh = _scaled(dh.expand(-1, -1, -1, 2, -1) if narrow else dh, c, working)  # (B, S, G, P, K)
             if x is not None:
-                dA = _product(dh[..., new].flatten(2).flatten(0, 1).T, x.flatten(0, 1).to(working))  # (G * r, d_in)
+                dh_new = dh[:, :, :, 0, new].flatten(2).flatten(0, 1)  # (N, G * r)
+                dA = _product(dh_new.T, x.flatten(0, 1).to(working))  # (G * r, d_in)
                 needed = ctx.needs_input_grad[6 + count : 6 + 2 * count]
                 dAs = [d if n else None for d, n in zip(dA.split(ctx.rank), needed, strict=True)]
             if ctx.needs_input_grad[0]:
-                A = weights.parts[: len(weights.parts) // 2] if narrow else weights.A.flatten(0, 1)
+                A = weights.A.flatten(0, 1) if weights.parts is None else weights.parts
                 dx = (dh.flatten(2) @ A).to(ctx.dtype)  # (B, S, d_in)
         learned = (*dAs, *dBs) if h_new is not None else ()
         return dx, newest, None, None, None, None, *grads, *learned
@@ -231,31 +232,22 @@ class Group:
             return Weights(self.A, exact_B, exact_B, None)
         # not under autocast, where x is float32; CPUs have no such product
         split = x.dtype == dtype and x.device.type != "cpu"
-        first, cast = self.layers[0], self._cast
-        if torch.compiler.is_compiling() and cast is not None and cast.B[0].dtype == dtype:
-            return cast  # which GainLoRAModel.forward has brought up to date: compiled code cannot see versions
-        learned = [] if first.new_B is None else [p for layer in self.layers for p in layer.learning]
-        before, self._versions = self._versions, [p._version for p in learned]
-        if cast is None or cast.B[0].dtype != dtype or (cast.parts is not None) != split:
+        if torch.compiler.is_compiling() and self._cast is not None and self._cast.B[0].dtype == dtype:
+            return self._cast  # which GainLoRAModel.forward has brought up to date: compiled code cannot see versions
+        if self._cast is None or self._cast.B[0].dtype != dtype or (self._cast.parts is not None) != split:
             parts = None
             if split:
-                parts = torch.empty(2 * self.A[..., 0].numel(), self.A.shape[2], dtype=dtype, device=self.A.device)
-                self._split(parts, slice(None))
-            cast = self._cast = Weights(self.A, [B.to(dtype) for B in exact_B], exact_B, parts)
-        elif before != self._versions:  # the optimizer changed them
-            new = slice(first.frozen, first.frozen + first.rank)
-            for B, exact in zip(cast.B, exact_B, strict=True):
-                B[new].copy_(exact[new])
-            if cast.parts is not None and learned[0].requires_grad:
-                self._split(cast.parts, new)
-        return cast
+                high = self.A.to(dtype)
+                parts = torch.stack((high, (self.A - high).to(dtype)), dim=1).flatten(0, 2)
+            Bs = [B.to(dtype).repeat(2 if split else 1, 1) for B in exact_B]
+            self._cast, self._versions = Weights(self.A, Bs, exact_B, parts), self.versions()
+        update_casts([self])
+        return self._cast
 
-    @torch.no_grad()
-    def _split(self, parts: Tensor, rows: slice) -> None:
-        """Write A's rows as a high and a low part."""
-        high, low = parts.view(2, *self.A.shape)[:, :, rows]
-        high.copy_(self.A[:, rows])
-        low.copy_(self.A[:, rows] - high)
+    def versions(self) -> list[int]:
+        """Of the parameters being learned: they tell when the optimizer has changed these."""
+        learned = [] if self.layers[0].new_B is None else [p for layer in self.layers for p in layer.learning]
+        return [p._version for p in learned]
 
     def output(self, layer: "GatedLoRALinear", x: Tensor) -> Tensor:
         """The output of one of the layers: x (B, S, d_in), or (B * S, d_in), to the same with d_out."""
@@ -282,6 +274,32 @@ class Group:
             learned = [part for parts in zip(*(layer.learning for layer in self.layers), strict=True) for part in parts]
         inputs = (x, newest if learned else None, c, weights, first.frozen, len(es), *es, *learned)
         return cast(Sequence[Tensor], Branches.apply(*inputs))
+
+
+@torch.no_grad()
+def update_casts(groups: Iterable[Group]) -> None:
+    """Round again what the optimizer changed in the branches being learned: a few kernels for all layers together."""
+    rounded: list[Tensor] = []
+    exact: list[Tensor] = []
+    rests: list[tuple[Tensor, Tensor, Tensor]] = []  # low, A, high
+    for group in groups:
+        if group._cast is None or group._versions == (now := group.versions()):
+            continue
+        group._versions, first = now, group.layers[0]
+        new = slice(first.frozen, first.frozen + first.rank)
+        for B, exact_B in zip(group._cast.B, group._cast.exact_B, strict=True):
+            rounded += [part[new] for part in B.split(len(exact_B))]
+            exact += [exact_B[new]] * (len(B) // len(exact_B))
+        if group._cast.parts is not None and first.learning[0].requires_grad:
+            A, (high, low) = group.A[:, new], group._cast.parts.view(-1, 2, *group.A.shape[1:])[:, :, new].unbind(1)
+            rounded += high
+            exact += A
+            rests += zip(low, A, high, strict=True)
+    if rounded:
+        torch._foreach_copy_(rounded, exact)
+    if rests:
+        lows, As, highs = map(list, zip(*rests, strict=True))
+        torch._foreach_copy_(lows, torch._foreach_sub(As, highs))
 
 
 class GatedLoRALinear(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gainlora.errors import GainLoRAError
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.gate import Gate, GateWeights, widths
-from gainlora.model.layers import GatedLoRALinear, Group, Integration
+from gainlora.model.layers import GatedLoRALinear, Group, Integration, update_casts
 from gainlora.model.precision import float32_products
 from gainlora.model.router import Router
 from gainlora.model.subspace import Basis, empty_basis
@@ -63,8 +63,7 @@ class GainLoRAModel(nn.Module):
         together: dict[tuple[str, str], list[GatedLoRALinear]] = {}  # of one module, on one input
         for name, layer in self.layers.items():
             together.setdefault((name.rpartition(".")[0], self.inputs[name].group), []).append(layer)
-        for layers in together.values():
-            Group(layers)
+        self._groups = [Group(layers) for layers in together.values()]
         # Logits are needed at the last positions only, a strided slice, for which a linear layer copies its weight once
         # per sample. Contiguous rows make it a plain product.
         if (output := base.get_output_embeddings()) is not None:
@@ -269,6 +268,7 @@ class GainLoRAModel(nn.Module):
             kwargs.pop("position_ids", None)
         keep = 0 if "logits_to_keep" in self._accepted else kwargs.pop("logits_to_keep", 0)
         run = self.base
+        update_casts(self._groups)
         if self._compiled is not None and torch.is_grad_enabled():
             run = self._compiled
             for layer in self.layers.values():

@@ -47,7 +47,7 @@ def test_gradients(count, gated, train_A):
 
     x, A, Bs = rand(2, 3, 6).requires_grad_(), rand(count, 8, 6), [rand(8, 5) for _ in range(count)]
     new = slice(4, 6)  # of 8 columns, the last two are padding
-    newest, old, es = rand(2).requires_grad_(gated), rand(2, 1, 1, 4), [rand(2, 3, 5) for _ in range(count)]
+    newest, old, es = rand(2).requires_grad_(gated), rand(2, 1, 1, 1, 4), [rand(2, 3, 5) for _ in range(count)]
     for padded in (A.transpose(0, 1), *Bs):
         padded[6:] = 0
     new_As = [a[new].requires_grad_(train_A) for a in A.detach()]  # views, as the layer's parameters are
@@ -56,7 +56,7 @@ def test_gradients(count, gated, train_A):
     def f(x, newest, *parameters):
         c = 0.7
         if gated:
-            c = torch.cat((old, newest.detach().view(2, 1, 1, 1).expand(2, 1, 1, 2), rand(2, 1, 1, 2)), dim=-1)
+            c = torch.cat((old, newest.detach().view(2, 1, 1, 1, 1).expand(2, 1, 1, 1, 2), rand(2, 1, 1, 1, 2)), dim=-1)
         outputs = [e.clone() for e in es]
         weights = Weights(A, Bs, Bs, None)
         return Branches.apply(x, newest, c, weights, 4, count, *outputs, *parameters)
@@ -151,13 +151,33 @@ def test_a_bfloat16_base_on_a_gpu_keeps_new_branches_off_old_inputs():
     A = (A - A @ basis @ basis.T).float()
     with FakeGPU():
         layer = GatedLoRALinear(nn.Linear(d, 8, bias=False).to("cuda", torch.bfloat16), 3, 1.0, Integration(False))
-        layer.start_branch(A, torch.randn(8, 3), train_A=False)
-        placed = x.to("cuda")
-        leak = layer.group.weights(placed, torch.bfloat16).project(placed)[:, :3].cpu()
+        layer.base.weight.data.zero_()
+        layer.start_branch(A, torch.eye(8, 3), train_A=False)
+        leak = layer(x.to("cuda"))[:, :3].detach().cpu()
     size = A.norm(dim=1) * x.float().norm(dim=1, keepdim=True)
     assert (leak.abs() / size).max() < 1e-6
     rounded = x.float() @ A.bfloat16().float().T
     assert (rounded.abs() / size).max() > 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("train_A", [False, True])
+def test_branches_that_the_optimizer_changed_are_rounded_again(device, train_A):
+    with FakeGPU():
+        layers = [GatedLoRALinear(nn.Linear(10, 7), 3, 1.7, Integration(False)) for _ in range(2)]
+        group = Group([layer.to(device, torch.bfloat16) for layer in layers])
+        for layer in layers:
+            layer.stack(torch.randn(3, 10), torch.randn(7, 3))
+            layer.start_branch(torch.randn(3, 10), torch.randn(7, 3), train_A)
+        x = torch.randn(2, 5, 10).to(device, torch.bfloat16)
+        first = layers[0](x)
+        with torch.no_grad():
+            for parameter in (p for layer in layers for p in layer.learning if p.requires_grad):
+                parameter.mul_(1.3)
+        changed = [layer(x) for layer in layers]
+        group.reserve(0)  # rounds all anew
+        assert not torch.equal(changed[0], first)
+        assert all(torch.equal(layer(x), output) for layer, output in zip(layers, changed, strict=True))
 
 
 @pytest.mark.parametrize("gated", [False, True])
