@@ -64,13 +64,13 @@ def keeps_punctuation(task: Task, benchmark_protocol: bool = False) -> bool:
     return task.metric == "exact_match" and not benchmark_protocol and bool(_ambiguous(_labels(task)))
 
 
-def majority_score(task: Task, keep_punctuation: bool) -> float | None:
+def majority_score(task: Task) -> float | None:
     """Score (0 to 100) of the most frequent training label as the answer to every test example; None for ROUGE."""
     if task.metric != "exact_match":
         return None
-    counts = Counter(comparable(task.metric, e.references[0], keep_punctuation) for e in task.train)
-    most = counts.most_common(1)[0][0]
-    right = [most in {comparable(task.metric, r, keep_punctuation) for r in e.references} for e in task.test]
+    same = partial(comparable, task.metric, keep_punctuation=bool(task.keep_punctuation))
+    most = Counter(same(e.references[0]) for e in task.train).most_common(1)[0][0]
+    right = [most in map(same, e.references) for e in task.test]
     return 100 * sum(right) / len(right)
 
 

@@ -8,7 +8,7 @@ So a run needs no file outside its folder to learn one more task and to evaluate
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ def as_file(task: Task, examples: Sequence[Example], replay: Sequence[Example] =
     parts = {"Instances": examples, **({"Replay": replay} if replay else {})}
     found = {part: [{"input": e.input, "output": list(e.references)} for e in kept] for part, kept in parts.items()}
     return {"Definition": [task.instruction], **found}
+
+
+def judged(task: Task, entry: Mapping[str, Any]) -> Task:
+    """The task, its answers compared as its entry in data.json says; by default as the benchmark does."""
+    return replace(task, keep_punctuation=entry.get("keep_punctuation", False))
 
 
 def read_kept_test(path: Path, template: str, metric: str, sha256: str) -> Task:

@@ -65,6 +65,8 @@ class Task:
     """Notes on omitted and converted content, one sentence each."""
     validation_from: str = ""
     """The file of the validation examples."""
+    keep_punctuation: bool | None = None
+    """How answers are compared (`gainlora.data.checks`), as decided before the task is learned; None: not yet."""
     columns: InitVar[Mapping[str, str] | None] = None
 
     def __post_init__(self, columns: Mapping[str, str] | None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gainlora.config import RunConfig
-from gainlora.data.own_tasks import as_file, read_kept_test
+from gainlora.data.own_tasks import as_file, judged, read_kept_test
 from gainlora.data.sources import resolve_model
 from gainlora.errors import GainLoRAError, reason
 from gainlora.io import sha256, verify_checksums, whole_folder, write_json
@@ -118,8 +118,8 @@ def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     learner.entries = {name: saved.run.data[name] for name in tasks}
     learner.history = [step.files for step in saved.run.steps[: len(names)]]
     learner.tasks = {
-        name: read_kept_test(places[name], order.template, order.metric, learner.entries[name]["sha256"])
-        for name in tasks
+        name: judged(read_kept_test(places[name], order.template, order.metric, entry["sha256"]), entry)
+        for name, entry in learner.entries.items()
         if name in places
     }
     learner.config = learner.config.with_options({"order.tasks": tuple(tasks)})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gainlora.config import RunConfig
 from gainlora.data.checks import inspect
-from gainlora.data.own_tasks import read_kept_test
+from gainlora.data.own_tasks import judged, read_kept_test
 from gainlora.data.tasks import Task, limited, load_order
 from gainlora.errors import GainLoRAError
 from gainlora.runs.reuse import OWN
@@ -61,4 +61,4 @@ def read_data(run: Run) -> dict[str, Task]:
                 f"{run.recorded[task.name]['path']}: changed since this run began; start the order again for a new run."
             )
         found[task.name] = task
-    return found
+    return {name: judged(task, run.recorded[name]) for name, task in found.items()}

@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 
 from gainlora import distributed, io
 from gainlora.config import RunConfig
+from gainlora.data.own_tasks import judged
 from gainlora.data.sources import dvc_hash, resolve_model
 from gainlora.data.tasks import Task, limited, load_order
 from gainlora.errors import GainLoRAError
@@ -122,7 +123,7 @@ class Run:
                 data[task.name] = data_entry(task, config, path, dvc_hash(Path(path), root), tokenizer)
         run = cls(make_folder(root, described, data, [repeats / OWN] if repeats else []))
         try:
-            run.data = {task.name: task for task in used}
+            run.data = {task.name: judged(task, run.recorded[task.name]) for task in used}
             if skipped:
                 left_out = f"{len(skipped)} of {len(config.order.tasks)} tasks left out, as their files are missing"
                 run.notices.append(f"{left_out}: {', '.join(skipped)}")
@@ -263,7 +264,7 @@ class Run:
         learner, partial = self._learner_after(t - 1), self.partial_folder(t)
         distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an interrupted update
         tasks, started = self._tasks(t), time.perf_counter()
-        scores = learner.scores_before(tasks, self.keep_punctuation)
+        scores = learner.scores_before(tasks)
         took = time.perf_counter() - started
         with self._timed(t, "prepare"):
             learner.begin_task(self.steps[t - 1], tasks)
@@ -285,7 +286,7 @@ class Run:
         with self._timed(t, "train", before):
             old = kept_tasks(self, t - 1) if self.config.data.replay else []
             given = (Checkpoints(partial, self.config.train.checkpoint_every), self.callbacks, old)
-            records = learner.train_task(self.steps[t - 1], tasks, self.keep_punctuation, *given)
+            records = learner.train_task(self.steps[t - 1], tasks, *given)
             distributed.on_main(lambda: io.write_lines(partial / "train.jsonl", records))
             if learner.validation and learner.validation.records:
                 curve = learner.validation.records
@@ -321,9 +322,9 @@ class Run:
         self.update(t)
         with self._timed(t, "evaluate"):
             learner = self._learner_after(t)
-            predictions = learner.predictions(map(self.data.__getitem__, self.seen(t)), self.keep_punctuation)
+            predictions = learner.predictions(map(self.data.__getitem__, self.seen(t)))
         with self._timed(t, "base"):
-            base, general = learner.base_scores(self._tasks(t), self.keep_punctuation), learner.general_ability()
+            base, general = learner.base_scores(self._tasks(t)), learner.general_ability()
         return distributed.on_main(lambda: write_scores(self, t, predictions, base, general))
 
     def seal(self, t: int) -> Path:
@@ -363,11 +364,6 @@ class Run:
     def _tasks(self, t: int) -> list[Task]:
         """The tasks that step t learns."""
         return [self.data[name] for name in self.learned_at(t)]
-
-    @property
-    def keep_punctuation(self) -> dict[str, bool]:
-        """How to compare each task's answers, as decided when the run began; by default as the benchmark does."""
-        return {name: entry.get("keep_punctuation", False) for name, entry in self.recorded.items()}
 
     def _learned(self, t: int) -> bool:
         """Whether the state after task t is on disk, evaluated or not."""

@@ -39,7 +39,7 @@ def write_scores(
         task = run.data[name]
         kept = as_file(task, task.test, kept_for_replay(task, run.config.data.replay))
         io.write_json(partial / TEST / f"{name}.json", kept)
-    majority = {name: majority_score(run.data[name], run.keep_punctuation[name]) for name in run.learned_at(t)}
+    majority = {name: majority_score(run.data[name]) for name in run.learned_at(t)}
     earlier = [read_step(run.task_folder(k)).files["scores"] for k in range(1, t)]
     measured = {"base": base, "before": io.read_json(partial / BEFORE), "majority": majority}
     row = {

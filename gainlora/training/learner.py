@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from gainlora import distributed
 from gainlora.config import RunConfig
 from gainlora.data.checks import keeps_punctuation, majority_score
 from gainlora.data.collate import Split, count_cut, tokenize
+from gainlora.data.own_tasks import judged
 from gainlora.data.prompts import as_prompts
 from gainlora.data.tasks import Task, as_tasks, hold_out, kept_for_replay, limited
 from gainlora.errors import GainLoRAError, add_context, short_repr
@@ -157,13 +158,12 @@ class ContinualLearner:
         elif [t.name for t in tasks] != [t.name for t in self._unscored.tasks]:
             self.check_scored()
         tasks, entries, before, seconds = self._unscored
-        keep = {t.name: entries[t.name]["keep_punctuation"] for t in tasks}
         known = self.tasks | {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
         with _timed(seconds, "evaluate"):
-            found = self.predictions(known.values(), keep)
+            found = self.predictions(known.values())
         with _timed(seconds, "base"):
-            base, general = self.base_scores(tasks, keep), self.general_ability()
-        majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
+            base, general = self.base_scores(tasks), self.general_ability()
+        majority = {t.name: majority_score(t) for t in tasks}
         earlier = [step["scores"] for step in self.history]
         scores = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
         row = {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}
@@ -185,16 +185,15 @@ class ContinualLearner:
         for t in tasks:
             for note in entries[t.name]["notes"]:
                 tell.on_note(f"{t.name}: {note}")
-        tasks = [limited(t, self.config.data) for t in tasks]
+        tasks = [judged(limited(t, self.config.data), entries[t.name]) for t in tasks]
         seconds: dict[str, float] = {}
         tell.on_task_begin(self.learned + 1, name)
-        keep = {t.name: entries[t.name]["keep_punctuation"] for t in tasks}
         with _timed(seconds, "before"):
-            before = self.scores_before(tasks, keep)
+            before = self.scores_before(tasks)
         with _timed(seconds, "prepare"):
             self.begin_task(name, tasks)
         with _timed(seconds, "train"):
-            self.train_task(name, tasks, keep, callbacks=[tell], replay=list(self.tasks.values()))
+            self.train_task(name, tasks, callbacks=[tell], replay=list(self.tasks.values()))
         with _timed(seconds, "update"):
             self.end_task(name, tasks)
         return Unscored(tasks, entries, before, seconds)
@@ -248,8 +247,8 @@ class ContinualLearner:
         self.stage = "begun"
 
     def train_task(
-        self, name: str, tasks: Sequence[Task], keep_punctuation: Mapping[str, bool],
-        checkpoints: Checkpoints | None = None, callbacks: Sequence[Callback] = (), replay: Sequence[Task] = (),
+        self, name: str, tasks: Sequence[Task], checkpoints: Checkpoints | None = None,
+        callbacks: Sequence[Callback] = (), replay: Sequence[Task] = (),
     ) -> Records:  # fmt: skip
         """Train branch and gate; returns a record per optimizer step. `validation` then holds the validation curve.
 
@@ -265,7 +264,8 @@ class ContinualLearner:
         self.model.task = self.learned
         held_out = {task.name: self.rows([task], "validation") for task in tasks if task.validation}
         steps, epochs = math.ceil(len(rows) / config.train.batch_size), config.epochs(name, len(rows))
-        self.validation = Validation(held_out, keep_punctuation, self.model, self.tokenizer, config, epochs, steps)
+        keep = {task.name: bool(task.keep_punctuation) for task in tasks}
+        self.validation = Validation(held_out, keep, self.model, self.tokenizer, config, epochs, steps)
         checkpoints = checkpoints or Checkpoints(None, None)
         self.records = train_task(
             self.model, rows, config, self.learned + 1, name, self.tokenizer.pad_token_id,
@@ -315,41 +315,31 @@ class ContinualLearner:
             given = [limited(t, self.config.data) for t in asked]
         return {name: mean(answers) for name, answers in self.predictions(given).items()}
 
-    def predictions(
-        self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool] | None = None
-    ) -> dict[str, list[Prediction]]:
-        """Answers to each task's test examples, in order. Only `single`, a bound, uses the task id.
-
-        Args:
-            keep_punctuation: how to compare each task's answers; None: as decided when it was learned.
-        """
+    def predictions(self, tasks: Iterable[Task]) -> dict[str, list[Prediction]]:
+        """Answers to each task's test examples, in order. Only `single`, a bound, uses the task id."""
         names, found = self.model.config.tasks, {}
-        known = {name: entry.get("keep_punctuation", False) for name, entry in self.entries.items()}
-        known |= keep_punctuation or {}
         for task in tasks:
             self.model.task = names.index(task.name) if task.name in names else None
-            keep = known[task.name] if task.name in known else keeps_punctuation(task)
-            given = (self.rows([task], "test"), task.metric, self.config, task.name, keep)
-            found[task.name] = evaluate_task(self.model, self.tokenizer, *given)
+            found[task.name] = self._answered(task, task.name)
         return found
 
-    def base_scores(self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool]) -> dict[str, float]:
+    def base_scores(self, tasks: Iterable[Task]) -> dict[str, float]:
         """The base model's mean score (0 to 100) on each task's test examples, all branches off: row 0 of R."""
         with self.model.branches_off():
-            return self._unlearned_scores(tasks, keep_punctuation, "base")
+            return {t.name: mean(self._answered(t, f"base on {t.name}", unlearned=True)) for t in tasks}
 
-    def scores_before(self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool]) -> dict[str, float]:
+    def scores_before(self, tasks: Iterable[Task]) -> dict[str, float]:
         """Mean scores (0 to 100) on tasks that are not learned yet, R[i-1][i]. Empty before the first step, where they
         are the base model's, and with `single`, which has no branch for such a task."""
         known = self.learned and not self.config.rule.task_known
-        return self._unlearned_scores(tasks, keep_punctuation, "before") if known else {}
+        return {t.name: mean(self._answered(t, f"before on {t.name}", unlearned=True)) for t in tasks if known}
 
-    def _unlearned_scores(self, tasks: Iterable[Task], keep: Mapping[str, bool], what: str) -> dict[str, float]:
-        found = {}
-        for task in tasks:
-            given = (self.rows([task], "test"), task.metric, self.config, f"{what} on {task.name}", keep[task.name])
-            found[task.name] = mean(evaluate_task(self.model, self.tokenizer, *given, unlearned=True))
-        return found
+    def _answered(self, task: Task, name: str, unlearned: bool = False) -> list[Prediction]:
+        if task.keep_punctuation is None and task.name in self.entries:
+            task = judged(task, self.entries[task.name])
+        keep = keeps_punctuation(task) if task.keep_punctuation is None else task.keep_punctuation
+        given = (self.rows([task], "test"), task.metric, self.config, name, keep, unlearned)
+        return evaluate_task(self.model, self.tokenizer, *given)
 
     def general_ability(self) -> dict[str, Any]:
         """`gainlora.training.general.general_ability`; empty with `single`, whose branches need a task."""
