@@ -65,8 +65,7 @@ def summary(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: bool
         tokenizer: None: not available, so nothing is said of tokens.
     """
     from gainlora.data.checks import inspect, majority_score
-    from gainlora.data.own_tasks import judged
-    from gainlora.data.tasks import limited
+    from gainlora.data.tasks import judged, limited
     from gainlora.data.validation import squeeze
 
     findings = inspect(task, tokenizer, benchmark_protocol=config.data.protocol is not None)

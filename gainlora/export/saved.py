@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gainlora.config import RunConfig
-from gainlora.data.own_tasks import as_file, judged, read_kept_test
 from gainlora.data.sources import resolve_model
+from gainlora.data.tasks import KEPT, as_file, read_kept_test
 from gainlora.errors import GainLoRAError, reason
 from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
 from gainlora.runs import identity
-from gainlora.runs.data import TEST
 from gainlora.runs.records import Record, read_result_file, read_run, step_of
 from gainlora.runs.result_files import write_result_file
 
@@ -106,19 +105,19 @@ def write_learned(learner: "ContinualLearner", folder: Path) -> None:
         learner.model.save_pretrained(part)
         write_result_file(record, part / RUN)
         for name, task in learner.tasks.items():
-            write_json(part / TEST / f"{name}.json", as_file(task, task.test, task.train))
+            write_json(part / KEPT / f"{name}.json", as_file(task, task.test, task.train))
 
 
 def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     """Give a learner the record and the test examples of what its adapter learned."""
     order, names = learner.config.order, learner.model.config.tasks
-    places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{TEST}/*.json")}
-    places |= {file.stem: file for file in saved.folder.glob(f"{TEST}/*.json")}
+    places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{KEPT}/*.json")}
+    places |= {file.stem: file for file in saved.folder.glob(f"{KEPT}/*.json")}
     tasks = saved.run.tasks if saved.run.at_once else names
     learner.entries = {name: saved.run.data[name] for name in tasks}
     learner.history = [step.files for step in saved.run.steps[: len(names)]]
     learner.tasks = {
-        name: judged(read_kept_test(places[name], order.template, order.metric, entry["sha256"]), entry)
+        name: read_kept_test(places[name], order.template, order.metric, entry)
         for name, entry in learner.entries.items()
         if name in places
     }

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -278,6 +279,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def falls(before: Path, after: Path) -> dict[str, tuple[float, float]]:
+    """The tasks whose score fell from one step to the next by more than chance: task -> both scores.
+
+    The 95 % interval of the mean difference, paired by test example, lies below 0.
+
+    Args:
+        before, after: folders of finished steps.
+    """
+    found = {}
+    for file in sorted((before / "predictions").glob("*.jsonl")):
+        both = (file, after / "predictions" / file.name)
+        old, new = ([line["score"] for line in read_lines(lines)] for lines in both)
+        changes = [n - o for o, n in zip(old, new, strict=True)]
+        if len(changes) > 1:
+            error = statistics.stdev(changes) / math.sqrt(len(changes))
+            if statistics.fmean(changes) + 1.96 * error < 0:
+                found[file.stem] = (statistics.fmean(old), statistics.fmean(new))
+    return found
 
 
 # ---- result files -------------------------------------------------------------------------------

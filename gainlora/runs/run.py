@@ -18,30 +18,31 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
 from gainlora import distributed, io
 from gainlora.config import RunConfig
-from gainlora.data.own_tasks import judged
+from gainlora.data.checks import data_entry, data_notes
 from gainlora.data.sources import dvc_hash, resolve_model
-from gainlora.data.tasks import Task, limited, load_order
+from gainlora.data.tasks import KEPT, Task, as_file, judged, kept_for_replay, limited, load_order, read_kept_test
 from gainlora.errors import GainLoRAError
 from gainlora.launch import launch
 from gainlora.model.base import load_tokenizer
 from gainlora.runs import identity, lineage
-from gainlora.runs.data import data_entry, data_notes, kept_tasks, read_data
 from gainlora.runs.loading import load_learner, memory_note
-from gainlora.runs.records import read_run, read_step
+from gainlora.runs.records import falls, read_run, read_step
 from gainlora.runs.reuse import OWN, link_steps, make_folder
-from gainlora.runs.scores import BEFORE, LEARNED, TIMINGS, falls, write_scores
 from gainlora.sections import LaunchConfig
 from gainlora.training.callbacks import Callback, Callbacks
 from gainlora.training.checkpoint import PROGRESS, Checkpoints, latest
+from gainlora.training.evaluate import Prediction, coefficient_summary
 from gainlora.training.learner import ContinualLearner
 from gainlora.training.steps import basis_sizes
 
+TIMINGS, LEARNED, BEFORE = "timings.json", "learned.json", "before.json"
+"""Files of a step that is being learned, later part of its scores.json."""
 ALONE = LaunchConfig()
 """One process."""
 Call = Callable[..., Any]
@@ -252,7 +253,7 @@ class Run:
         return result
 
     def falls(self, t: int) -> dict[str, tuple[float, float]]:
-        """Tasks that finished step t made worse, with their scores before and after (`gainlora.runs.scores.falls`)."""
+        """Tasks that finished step t made worse, with their scores before and after (`gainlora.runs.records.falls`)."""
         return distributed.on_main(lambda: falls(self.task_folder(t - 1), self.task_folder(t))) if t > 1 else {}
 
     # -- the phases of step t (1-based), in this order; each returns at once if its work is done --------------
@@ -284,7 +285,7 @@ class Run:
         learner, tasks = self._learner, self._tasks(t)
         assert learner is not None
         with self._timed(t, "train", before):
-            old = kept_tasks(self, t - 1) if self.config.data.replay else []
+            old = self._kept_tasks(t - 1) if self.config.data.replay else []
             given = (Checkpoints(partial, self.config.train.checkpoint_every), self.callbacks, old)
             records = learner.train_task(self.steps[t - 1], tasks, *given)
             distributed.on_main(lambda: io.write_lines(partial / "train.jsonl", records))
@@ -320,12 +321,12 @@ class Run:
         if distributed.on_main(file.is_file):
             return distributed.on_main(lambda: io.read_json(file))
         self.update(t)
-        with self._timed(t, "evaluate"):
-            learner = self._learner_after(t)
-            predictions = learner.predictions(map(self.data.__getitem__, self.seen(t)))
-        with self._timed(t, "base"):
-            base, general = learner.base_scores(self._tasks(t)), learner.general_ability()
-        return distributed.on_main(lambda: write_scores(self, t, predictions, base, general))
+        learner, steps = self._learner_after(t), [self.task_folder(k) for k in range(1, t)]
+        earlier = distributed.on_main(lambda: [read_step(step).files["scores"] for step in steps])
+        before = distributed.on_main(lambda: io.read_json(self.partial_folder(t) / BEFORE))
+        seen = [self.data[name] for name in self.seen(t)]
+        row, answers = learner.scored(seen, self._tasks(t), before, earlier, partial(self._timed, t))
+        return distributed.on_main(lambda: self._write_scores(t, row, answers))
 
     def seal(self, t: int) -> Path:
         """Write task t's checksums, then rename its folder. Returns the folder."""
@@ -358,8 +359,48 @@ class Run:
 
     @cached_property
     def data(self) -> dict[str, Task]:
-        """The tasks: training examples of those to be learned, test examples of all."""
-        return read_data(self)
+        """The tasks: training examples of those to be learned, from their files; test examples of all, of finished
+        tasks from the run's folders.
+
+        Raises:
+            GainLoRAError: files are missing, damaged, or changed since the run began.
+        """
+        order, found = self.config.order, {task.name: task for task in self._kept_tasks(self.finished)}
+        rest = order.model_copy(update={"tasks": tuple(name for name in self.tasks if name not in found)})
+        data = self.config.data.model_copy(update={"skip_incomplete": False})  # `rest` holds no skipped tasks
+        for task in load_order(rest, data, self.root, self.folder / OWN)[0] if rest.tasks else []:
+            entry = self.recorded[task.name]
+            if task.sha256 != entry["sha256"]:
+                raise GainLoRAError(
+                    f"{entry['path']}: changed since this run began; start the order again for a new run."
+                )
+            found[task.name] = judged(task, entry)
+        return found
+
+    def _kept_tasks(self, finished: int) -> list[Task]:
+        """The tasks of the first finished steps, as their folders keep them."""
+        template, metric = self.config.order.template, self.config.order.metric
+        return [
+            read_kept_test(self.task_folder(t) / KEPT / f"{name}.json", template, metric, self.recorded[name])
+            for t in range(1, finished + 1)
+            for name in self.learned_at(t)
+        ]
+
+    def _write_scores(self, t: int, row: dict[str, Any], answers: dict[str, list[Prediction]]) -> dict[str, Any]:
+        """Write the files of step t's evaluation; the content of scores.json."""
+        folder = self.partial_folder(t)
+        for name, given in answers.items():
+            lines = [{"input": e.input, **vars(p)} for e, p in zip(self.data[name].test, given, strict=True)]
+            io.write_lines(folder / "predictions" / f"{name}.jsonl", lines)
+        for task in self._tasks(t):
+            kept = as_file(task, task.test, kept_for_replay(task, self.config.data.replay))
+            io.write_json(folder / KEPT / f"{task.name}.json", kept)
+        row = {**row, **io.read_json(folder / LEARNED), "seconds": io.read_json(folder / TIMINGS)}
+        if self.config.integration in ("gated", "routed"):
+            coefficients = {name: coefficient_summary(given) for name, given in answers.items()}
+            io.write_json(folder / "coefficients.json", coefficients)
+        io.write_json(folder / "scores.json", row)
+        return row
 
     def _tasks(self, t: int) -> list[Task]:
         """The tasks that step t learns."""

@@ -2,19 +2,19 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gainlora import distributed
 from gainlora.config import RunConfig
-from gainlora.data.checks import keeps_punctuation, majority_score
+from gainlora.data.checks import data_entry, keeps_punctuation, majority_score
 from gainlora.data.collate import Split, count_cut, tokenize
-from gainlora.data.own_tasks import judged
 from gainlora.data.prompts import as_prompts
-from gainlora.data.tasks import Task, as_tasks, hold_out, kept_for_replay, limited
+from gainlora.data.tasks import Task, as_tasks, hold_out, judged, kept_for_replay, limited
 from gainlora.errors import GainLoRAError, add_context, short_repr
 from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, place, prepare_base
 from gainlora.model.modeling import GainLoRAModel
@@ -159,14 +159,8 @@ class ContinualLearner:
             self.check_scored()
         tasks, entries, before, seconds = self._unscored
         known = self.tasks | {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
-        with _timed(seconds, "evaluate"):
-            found = self.predictions(known.values())
-        with _timed(seconds, "base"):
-            base, general = self.base_scores(tasks), self.general_ability()
-        majority = {t.name: majority_score(t) for t in tasks}
         earlier = [step["scores"] for step in self.history]
-        scores = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
-        row = {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}
+        row, found = self.scored(known.values(), tasks, before, earlier, partial(_timed, seconds))
         row |= {**self.facts(tasks), "seconds": seconds}
         coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
         curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
@@ -175,7 +169,7 @@ class ContinualLearner:
         self.config = self.config.with_options({"order.tasks": tuple(known)})
         self.history.append(step)
         tell.on_task_end(self.learned, row["task"], row)
-        return dict(scores["scores"])
+        return dict(row["scores"])
 
     def _learn(self, tasks: list[Task], tell: Callbacks) -> Unscored:
         """All of `learn` but the evaluation."""
@@ -221,8 +215,6 @@ class ContinualLearner:
                 raise GainLoRAError(f"task {task.name}: is learned already; give the new one another name.")
 
     def _entry(self, task: Task) -> dict[str, Any]:
-        from gainlora.runs.data import data_entry
-
         entry = data_entry(task, self.config, "", None, self.tokenizer)
         notes = [
             f"{entry[split]} of {len(examples)} {split} examples are used (data.{split}_limit)."
@@ -322,6 +314,26 @@ class ContinualLearner:
             self.model.task = names.index(task.name) if task.name in names else None
             found[task.name] = self._answered(task, task.name)
         return found
+
+    def scored(
+        self, learned: Iterable[Task], new: Sequence[Task], before: Mapping[str, float],
+        earlier: Sequence[Mapping[str, Any]], timed: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[dict[str, Any], dict[str, list[Prediction]]]:  # fmt: skip
+        """What is known of the newest step once all learned tasks are answered, as in scores.json; and the answers.
+
+        Args:
+            learned: all tasks. new: those of the step.
+            before: `scores_before` of the new ones.
+            earlier: what this method returned for the steps before.
+            timed: measures the block that it is given a name for.
+        """
+        with timed("evaluate"):
+            found = self.predictions(learned)
+        with timed("base"):
+            base, general = self.base_scores(new), self.general_ability()
+        measured = {"base": base, "before": before, "majority": {t.name: majority_score(t) for t in new}}
+        scores = step_scores(found, measured, earlier)
+        return {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}, found
 
     def base_scores(self, tasks: Iterable[Task]) -> dict[str, float]:
         """The base model's mean score (0 to 100) on each task's test examples, all branches off: row 0 of R."""

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from gainlora.config import load_config
 from gainlora.data.checks import inspect
 from gainlora.data.instances import Example
-from gainlora.data.own_tasks import take_task
-from gainlora.data.tasks import Task
+from gainlora.data.tasks import Task, take_task
 from gainlora.errors import GainLoRAError
 from gainlora.runs.run import Run
 from gainlora.training.metrics import score

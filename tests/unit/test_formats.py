@@ -8,8 +8,7 @@ import pytest
 
 from gainlora.config import load_config
 from gainlora.data.formats import Source
-from gainlora.data.own_tasks import take_task
-from gainlora.data.tasks import Task, load_order, read_task
+from gainlora.data.tasks import Task, load_order, read_task, take_task
 from gainlora.errors import GainLoRAError
 
 ROWS = [("The page stays white", "support"), ("A wrong, or late, sum", "billing"), ("Grüße; “hello”", "support")]
