@@ -13,7 +13,7 @@ from gainlora.errors import GainLoRAError, reason
 from gainlora.export.card import CARD, check_finished, make_card
 from gainlora.export.saved import RUN, SavedModel, open_saved
 from gainlora.model.adapter_io import FILES, PUBLISHED
-from gainlora.runs.result_files import write_result_file
+from gainlora.runs.records import write_result_file
 
 
 def write_release(learned: SavedModel, target: Path, name: str | None = None) -> None:
