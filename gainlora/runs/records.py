@@ -16,7 +16,6 @@ and no model: of the learned state it reads only tensor shapes, from safetensors
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from gainlora.config import complete
 from gainlora.errors import GainLoRAError, printable
-from gainlora.io import read_bytes, read_json, read_lines, write_text
+from gainlora.io import mending, read_json, read_lines, verify_checksums, write_text
 from gainlora.training.metrics import summary
 
 Matrix = list[list[float | None]]
@@ -206,12 +205,12 @@ def read_run(folder: Path) -> Record:
     Raises:
         GainLoRAError: not a run folder, or a file is damaged or differs from its checksum.
     """
-    config = _read_object(folder / "config.json")
+    config = read_json(folder / "config.json")
     with _complete(folder, "damaged", "delete it and run again"):
         config.setdefault("steps", list(config["tasks"]))  # folders of version 0.1.0 do not name them
         folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["steps"], start=1)]
         steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
-        return checked(Record(config, _read_object(folder / "data.json"), steps, folder=folder))
+        return checked(Record(config, read_json(folder / "data.json"), steps, folder=folder))
 
 
 def read_step(folder: Path) -> Step:
@@ -220,26 +219,20 @@ def read_step(folder: Path) -> Step:
     Raises:
         GainLoRAError: a file is missing, damaged, or differs from its checksum.
     """
-    sums = _read_object(folder / "checksums.json")
-    files: dict[str, Any] = {name: _read_object(folder / f"{name}.json", sums) for name in ("scores", "subspace")}
-    gated = "coefficients.json" in sums
-    files["coefficients"] = _read_object(folder / "coefficients.json", sums) if gated else {}
+    kinds, curve = ("scores", "subspace", "coefficients"), "validation.jsonl"
+    sums = verify_checksums(folder, *(f"{kind}.json" for kind in kinds), curve)
+    files: dict[str, Any] = {k: read_json(folder / f"{k}.json") if f"{k}.json" in sums else {} for k in kinds}
     paths = {kind: folder / f"{name}.safetensors" for kind, name in STATE.items()}
-    if "validation.jsonl" in sums:
-        files["validation_curve"] = train_records(folder, "validation.jsonl")
+    if curve in sums:
+        files["validation_curve"] = read_lines(folder / curve)
     files["stored"] = {kind: _parameters(path) for kind, path in paths.items() if path.exists()}
     return replace(step_of(files), folder=folder)
 
 
-def train_records(folder: Path, name: str = "train.jsonl") -> list[dict[str, float]]:
-    """The curve of a finished task: an object per optimizer step (loss, learning_rate, seconds) or per validation.
-
-    Args:
-        folder: the task's folder. name: train.jsonl or validation.jsonl.
-    """
-    path = folder / name
-    _verified(path, _read_object(folder / "checksums.json"))
-    return read_lines(path)
+def train_records(folder: Path) -> list[dict[str, float]]:
+    """train.jsonl of a finished task's folder: an object per optimizer step (loss, learning_rate, seconds)."""
+    verify_checksums(folder, "train.jsonl")
+    return read_lines(folder / "train.jsonl")
 
 
 def checked(record: Record) -> Record:
@@ -312,7 +305,7 @@ def read_result_file(path: Path) -> Record:
     Raises:
         GainLoRAError: no such file, not a result file, or its R, AP, FT and BWT contradict its scores.
     """
-    content = _read_object(path)
+    content = read_json(path)
     with _complete(path, "not a result file", "write it anew with `gainlora results RUN`"):
         steps = []
         for step in content["steps"]:
@@ -453,33 +446,13 @@ def step_of(files: dict[str, Any]) -> Step:
     return Step(scores["index"], scores["task"], values, files.get("validation_curve", []), files)
 
 
-def _read_object(path: Path, sums: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; with `sums`, checksums.json of its folder, verified first."""
-    if sums is not None:
-        _verified(path, sums)
-    absent = "name a folder that `gainlora run` wrote under runs/"
-    return read_json(path, absent=absent, damaged=_repair(path.parent))
-
-
-def _verified(path: Path, sums: Mapping[str, str]) -> bytes:
-    remedy = _repair(path.parent)
-    content = read_bytes(path, remedy, remedy)
-    if hashlib.sha256(content).hexdigest() != sums.get(path.name):
-        raise GainLoRAError(f"{path}: changed since it was written (another SHA-256); {remedy}.")
-    return content
-
-
-def _repair(folder: Path) -> str:
-    return f"`gainlora repair {folder.parent}` drops back to the last good task"
-
-
 def _parameters(path: Path) -> int:
     """Number of values in a safetensors file, from the shapes in its header."""
     try:
         with safe_open(path, "numpy") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except SafetensorError:
-        raise GainLoRAError(f"{path}: damaged; {_repair(path.parent)}.") from None
+        raise GainLoRAError(f"{path}: damaged; {mending(path.parent)}.") from None
 
 
 def _close(stated: Any, computed: Any) -> bool:
