@@ -2,16 +2,21 @@
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gainlora.data.prompts import build_prompt, parse_prompt
-from gainlora.errors import GainLoRAError, did_you_mean
+from gainlora.errors import GainLoRAError, add_context, did_you_mean
 from gainlora.export.saved import SavedModel
+from gainlora.io import parse_json, read_bytes
 from gainlora.model.base import load_base, place
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.training.evaluate import Answer, answer_prompts
+
+ANSWER, COEFFICIENTS = "answer", "coefficients"
+"""Keys added to a line."""
 
 
 class Predictor:
@@ -102,3 +107,35 @@ def check_task(learned: SavedModel, task: str | None) -> None:
         raise GainLoRAError(
             f"--task: {task or 'none'}: method single answers with one task's branch; name it: {known}."
         )
+
+
+def read_questions(path: Path, learned: SavedModel, task: str | None) -> list[tuple[dict[str, Any], str]]:
+    """The lines of a file, each with its prompt: objects with "text" and perhaps "task"; other keys are kept. Blank
+    lines are skipped.
+
+    Args:
+        task: for lines without their own.
+
+    Raises:
+        GainLoRAError: a line is wrong; names its number, from 1.
+    """
+    expected = 'one object with "text" per line'
+    content = read_bytes(path, f"give a JSON-lines file, {expected}", f"write {expected}")
+    questions = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        given = parse_json(line, where, f"write {expected}")
+        if not isinstance(given, dict) or "text" not in given:
+            raise GainLoRAError(f'{where}: no object with "text"; write {expected}.')
+        if taken := {ANSWER, COEFFICIENTS} & given.keys():
+            raise GainLoRAError(f"{where}: has a key {min(taken)!r}, which is written here; rename it.")
+        own = given.get("task") or task
+        with add_context(where):
+            if own is not None and not isinstance(own, str):
+                raise GainLoRAError("task: no text; name a task of the run.")
+            if learned.adapter.integration == "single" and own != task:
+                raise GainLoRAError(f"task: {own!r}: method single answers a file with the one branch of --task.")
+            questions.append((given, make_prompt(learned, given["text"], own)))
+    return questions

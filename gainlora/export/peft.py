@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gainlora.errors import GainLoRAError, did_you_mean
-from gainlora.export.card import CARD, check_finished, make_card
+from gainlora.export.hub import CARD, check_finished, make_card
 from gainlora.export.saved import SavedModel, base_config, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
 from gainlora.io import write_json

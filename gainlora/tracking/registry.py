@@ -22,8 +22,7 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
 
 from gainlora.errors import GainLoRAError
-from gainlora.export.card import check_finished
-from gainlora.export.hub import write_release
+from gainlora.export.hub import check_finished, write_release
 from gainlora.export.saved import SavedModel, files_sha256, open_saved
 from gainlora.inference import make_prompt
 from gainlora.tracking.mlflow import DONE, KEY
