@@ -36,11 +36,10 @@ from gainlora.errors import GainLoRAError, format_error
 from gainlora.interrupts import resent, stoppable, stopped
 from gainlora.prefect_server import continual_options, find_server
 from gainlora.report.one_run import matrix_markdown
-from gainlora.runs.bar import RunBar, planned_steps
 from gainlora.runs.records import read_run
 from gainlora.runs.run import Call, Run, call
 from gainlora.runs.start import learn_recorded
-from gainlora.training.callbacks import Callback, Console
+from gainlora.training.callbacks import Callback, Console, RunBar
 from gainlora.version import learning_version, present_version
 
 Show = Callable[[int], list[Callback]]
@@ -133,7 +132,7 @@ class FlowLog(Callback):
         self.bar: UUID | None = None
 
     def on_run_begin(self, run: Run) -> None:
-        self.planned = planned_steps(run)
+        self.planned = run.planned_steps
         self.run, self.key = run, re.sub("[^a-z0-9]+", "-", run.folder.name.lower())
         for notice in run.notices:
             get_run_logger().warning(notice)

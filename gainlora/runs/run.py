@@ -14,6 +14,7 @@ stopped run resumes when it is started again. Several processes (`gainlora.launc
 first one locks the run and writes.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -206,6 +207,13 @@ class Run:
         """Number of finished steps."""
         T = len(self.steps)
         return distributed.on_main(lambda: next((t for t in range(T) if not self.task_folder(t + 1).is_dir()), T))
+
+    @property
+    def planned_steps(self) -> list[int]:
+        """Optimizer steps of each step of the run (early stopping may end one before)."""
+        trained = [sum(self.recorded[task]["train"] for task in self.learned_at(t + 1)) for t in range(len(self.steps))]
+        size, epochs = self.config.train.batch_size, self.config.epochs
+        return [math.ceil(count / size) * epochs(name, count) for name, count in zip(self.steps, trained, strict=True)]
 
     def task_folder(self, t: int) -> Path:
         """Folder of finished step t (1-based)."""
