@@ -11,7 +11,7 @@ from gainlora.data.prompts import build_prompt, parse_prompt
 from gainlora.errors import GainLoRAError, add_context, did_you_mean
 from gainlora.export.saved import SavedModel
 from gainlora.io import parse_json, read_bytes
-from gainlora.model.base import load_base, place
+from gainlora.model.base import load_base
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.training.evaluate import Answer, answer_prompts
 
@@ -33,9 +33,7 @@ class Predictor:
     def __init__(self, learned: SavedModel, base: str | None = None) -> None:
         self.learned, self.config = learned, learned.config
         dtype: torch.dtype = getattr(torch, learned.run.config["dtype"])
-        device_map = self.config.model.device_map
-        model, self.tokenizer = load_base(learned.base(base), dtype, device_map)
-        place(model, device_map)
+        model, self.tokenizer = load_base(learned.base(base), dtype, self.config.model.device_map)
         self.model = GainLoRAModel.from_pretrained(learned.folder, model)
         self.model.tf32 = self.config.model.tf32
         self._lock = threading.Lock()  # the model holds the coefficients of one batch

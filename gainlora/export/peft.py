@@ -97,7 +97,7 @@ def merge(place: str | Path, out: Path, base: str | None = None) -> Path:
     check_finished(learned)
     learned.adapter.check_mergeable()
     with new_folder(out) as part:
-        model, tokenizer = load_base(learned.base(base), torch.float32)
+        model, tokenizer = load_base(learned.base(base), torch.float32, "cpu")
         merged = GainLoRAModel.from_pretrained(learned.folder, model).merge_and_unload()
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -22,7 +22,7 @@ from torch import Tensor
 from gainlora.errors import GainLoRAError, not_written, reason, short_repr
 from gainlora.io import read_json, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
-from gainlora.model.base import load_base, pick_device, pick_dtype, place
+from gainlora.model.base import load_base, pick_device, pick_dtype
 from gainlora.model.gate import GateWeights, widths
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.router import Router
@@ -68,7 +68,6 @@ def load_adapter(
     config = read_config(folder)
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()), device_map)
-        place(base, device_map)
     found = getattr(base, "weights_fingerprint", None)  # None: not loaded by `load_base`
     if config.base_digest and found and found != config.base_digest:
         raise GainLoRAError(

@@ -152,14 +152,9 @@ def dtype_name(config: RunConfig) -> str:
     return str(pick_dtype(config.model.dtype, pick_device())).removeprefix("torch.")
 
 
-def machine() -> dict[str, Any]:
-    """This machine's device and package versions, as in config.json."""
-    return {"device": device_name(), "versions": {name: version(name) for name in PACKAGES}}
-
-
 def environment(method: str) -> dict[str, Any]:
-    """`machine` and the present code's version."""
-    return {**machine(), **code_version(method)}
+    """This machine's device and package versions, and the present code's version, as in config.json."""
+    return {"device": device_name(), "versions": {name: version(name) for name in PACKAGES}, **code_version(method)}
 
 
 def code_version(method: str) -> dict[str, str]:
@@ -167,9 +162,9 @@ def code_version(method: str) -> dict[str, str]:
     return {"learning_version": learning_version(method), "code": code_digest()}
 
 
-def environment_changes(then: dict[str, Any]) -> list[str]:
-    """Differences of device and packages from those in config.json, which may change rounding."""
-    now, before = machine(), then.get("versions", {})
+def environment_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of device and packages between two environments, which may change rounding."""
+    before = then.get("versions", {})
     pairs = {"device": (then.get("device"), now["device"])}
     pairs |= {name: (before.get(name), found) for name, found in now["versions"].items() if name != "gainlora"}
     return [f"{name} {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

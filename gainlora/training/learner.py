@@ -16,7 +16,7 @@ from gainlora.data.collate import Split, count_cut, tokenize
 from gainlora.data.prompts import as_prompts
 from gainlora.data.tasks import Task, as_tasks, hold_out, judged, kept_for_replay, limited
 from gainlora.errors import GainLoRAError, add_context, short_repr
-from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, place, prepare_base
+from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, prepare_base
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.probe import check_behavior
 from gainlora.rules import ALL_TASKS
@@ -77,7 +77,6 @@ class ContinualLearner:
 
             dtype = pick_dtype(self.config.model.dtype, pick_device())
             model, self.tokenizer = load_base(resolve_model(name), dtype, self.config.model.device_map)
-            place(model, self.config.model.device_map)
         check_positions(model, self.config.data.max_prompt_tokens, self.config.data.max_target_tokens)
         self.horizon = horizon or self.config.subspace.horizon or len(self.config.order.tasks) or HORIZON
         if adapter is None:
