@@ -350,16 +350,14 @@ class Run:
         Raises:
             GainLoRAError: tasks remain to be learned.
         """
-        done, total = self.finished, len(self.steps)
-        if done < total:
-            raise GainLoRAError(f"{self.folder}: {done} of {total} tasks are learned; run the order again.")
 
         def write() -> dict[str, Any]:
-            result = read_run(self.folder).result
-            io.write_json(self.folder / "result.json", result)
+            record = read_run(self.folder)
+            record.check_finished()
+            io.write_json(self.folder / "result.json", record.result)
             if self.described.get("extends") == lineage.head(self.lineage, self.root):
                 lineage.move(self.lineage, self.folder.name, self.root)
-            return result
+            return record.result
 
         return distributed.on_main(write)
 

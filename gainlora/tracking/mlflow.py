@@ -84,13 +84,8 @@ def begin_task(folder: Path, step: str, parent: str, tracking: TrackingConfig, r
         step: name of the task's folder in it.
         parent: what `start` returned.
     """
-    key = f"{folder.name}/{step}"
     with store(tracking, root) as (client, experiment):
-        child = _find(client, experiment, key)
-        if child is not None and DONE in child.data.tags:  # learned before, then dropped
-            _delete(client, child)
-            child = None
-        child = child or _create(client, experiment, key, run_name=step, tags={PARENT: parent})
+        child = _child(client, experiment, f"{folder.name}/{step}", parent)
         client.update_run(child.info.run_id, status="RUNNING")
         return client, str(child.info.run_id)
 
@@ -118,25 +113,20 @@ def record_task(
     digest = _digest(json.dumps(read_json(sums), sort_keys=True))
     ended = int(sums.stat().st_mtime * 1000)  # the folder's own time: the same whenever it is logged
     started = ended - int(1000 * (step.total("seconds") or 0))
-    key = f"{folder.name}/{task_folder.name}"
     with store(tracking, root) as (client, experiment):
-        child = _find(client, experiment, key)
-        if child is not None and DONE in child.data.tags:
-            if child.data.tags[DONE] == digest:
-                if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
-                    log(client, parent_run_id, metrics=_outcome(run, step, ended))
-                    client.set_tag(child.info.run_id, PARENT, parent_run_id)
-                return str(child.info.run_id)
-            _delete(client, child)  # the task was learned again, with another outcome
-            child = None
-        tags = {PARENT: parent_run_id}
-        child = child or _create(client, experiment, key, tags, run_name=task_folder.name, start_time=started)
+        key = f"{folder.name}/{task_folder.name}"
+        child = _child(client, experiment, key, parent_run_id, digest, start_time=started)
     run_id: str = child.info.run_id
+    outcome = _outcome(run, step, ended)
+    if DONE in child.data.tags:
+        if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
+            log(client, parent_run_id, metrics=outcome)
+            client.set_tag(run_id, PARENT, parent_run_id)
+        return run_id
     data = run.data if run.at_once else {step.task: run.data[step.task]}
     counts = {key: sum(entry[key] for entry in data.values()) for key in ("train", "test")}
     log(client, run_id, params={"task": step.task, "index": step.index, **counts}, tags=_tags(run))
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in data.items()])
-    outcome = _outcome(run, step, ended)
     log(client, run_id, metrics=_missing_points(client, run_id, task_folder, step, started))
     log(client, run_id, metrics=_of_model(client, experiment, child, run, step, outcome))
     log(client, parent_run_id, metrics=outcome)
@@ -223,6 +213,18 @@ def _create(client: MlflowClient, experiment: str, key: str, tags: dict[str, str
     """A run with this key. After a late answer the client repeats its request, which creates one more run each time."""
     made = client.create_run(experiment, tags={KEY: key, **tags}, **options)
     return _find(client, experiment, key) or made
+
+
+def _child(
+    client: MlflowClient, experiment: str, key: str, parent: str, digest: str | None = None, **options: Any
+) -> MlflowRun:
+    """A task's run with this key: the one that is there, unless it holds another outcome than that of `digest`."""
+    found = _find(client, experiment, key)
+    if found is not None and found.data.tags.get(DONE) in (None, digest):
+        return found
+    if found is not None:  # learned before, then dropped, or learned again
+        _delete(client, found)
+    return _create(client, experiment, key, {PARENT: parent}, run_name=Path(key).name, **options)
 
 
 def log(
