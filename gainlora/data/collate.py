@@ -57,15 +57,10 @@ def tokenize(
         target did).
 
     Raises:
-        GainLoRAError: the tokenizer has no EOS token, or the cache folder cannot be written.
+        GainLoRAError: the cache folder cannot be written.
     """
     import datasets
 
-    if tokenizer.eos_token_id is None:
-        raise GainLoRAError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, "
-            "so answers could not end; set tokenizer.eos_token and save it, or choose another model."
-        )
     examples: tuple[Example, ...] = getattr(task, split)
     prompts = [task.parts(e) for e in examples]
     references = [pick_references(e, data.references, task.name) for e in examples]
