@@ -68,18 +68,16 @@ def load_adapter(
     config = read_config(folder)
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()), device_map)
-    found = getattr(base, "weights_fingerprint", None)  # None: not loaded by `load_base`
-    if config.base_digest and found and found != config.base_digest:
-        raise GainLoRAError(
-            f"{folder}: was learned on a base model {config.base_model!r} with other weights than {base.name_or_path} "
-            "has; give the one that it was learned on, or learn again in a new run (another seed)."
-        )
-    found = getattr(base, "setup_digest", None)
-    if config.base_setup and found and found != config.base_setup:
-        raise GainLoRAError(
-            f"{folder}: was learned on a base model {config.base_model!r} with another configuration or tokenizer than "
-            f"{base.name_or_path} has; give the one that it was learned on, or learn again in a new run."
-        )
+    for what, known, name in (
+        ("other weights", config.base_digest, "weights_fingerprint"),
+        ("another configuration or tokenizer", config.base_setup, "setup_digest"),
+    ):
+        found = getattr(base, name, None)  # None: not loaded by `load_base`
+        if known and found and found != known:
+            raise GainLoRAError(
+                f"{folder}: was learned on a base model {config.base_model!r} with {what} than {base.name_or_path} "
+                "has; give the one that it was learned on, or learn again in a new run (another seed)."
+            )
     model = cls(base, config)
     branches = _Tensors(folder / BRANCHES, config)
     first = next(iter(model.layers))

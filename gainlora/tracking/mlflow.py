@@ -69,7 +69,7 @@ def start(folder: Path, tracking: TrackingConfig, root: Path = Path(".")) -> str
         client.update_run(run_id, status="RUNNING")
         # a run that learned a task since keeps its first params: MLflow lets none change
         params = {k: v for k, v in flatten(run.config["config"]).items() if k not in parent.data.params}
-        log(client, run_id, params=params, tags=_tags(run))  # two at once would collide
+        _describe(client, run_id, params, _tags(run))  # two at once would collide
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
     for name in ("config.json", "data.json"):
         client.log_artifact(run_id, str(folder / name))
@@ -120,16 +120,16 @@ def record_task(
     outcome = _outcome(run, step, ended)
     if DONE in child.data.tags:
         if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
-            log(client, parent_run_id, metrics=outcome)
+            client.log_batch(parent_run_id, outcome)
             client.set_tag(run_id, PARENT, parent_run_id)
         return run_id
     data = run.data if run.at_once else {step.task: run.data[step.task]}
     counts = {key: sum(entry[key] for entry in data.values()) for key in ("train", "test")}
-    log(client, run_id, params={"task": step.task, "index": step.index, **counts}, tags=_tags(run))
+    _describe(client, run_id, {"task": step.task, "index": step.index, **counts}, _tags(run))
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in data.items()])
-    log(client, run_id, metrics=_missing_points(client, run_id, task_folder, step, started))
-    log(client, run_id, metrics=_of_model(client, experiment, child, run, step, outcome))
-    log(client, parent_run_id, metrics=outcome)
+    client.log_batch(run_id, _missing_points(client, run_id, task_folder, step, started))
+    client.log_batch(run_id, _of_model(client, experiment, child, run, step, outcome))
+    client.log_batch(parent_run_id, outcome)
     _artifacts(client, run_id, task_folder)
     client.set_terminated(run_id, "FINISHED", end_time=ended)
     client.set_tag(run_id, DONE, digest)  # last: it states that all of this is done
@@ -227,20 +227,9 @@ def _child(
     return _create(client, experiment, key, {PARENT: parent}, run_name=Path(key).name, **options)
 
 
-def log(
-    client: MlflowClient,
-    run_id: str,
-    metrics: list[Metric] | None = None,
-    params: dict[str, Any] | None = None,
-    tags: dict[str, Any] | None = None,
-) -> None:
-    """One request per 1000 metrics or 100 params and tags, MLflow's limits."""
-    settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in (params or {}).items()]
-    labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
-    for at in range(0, len(metrics or []), 1000):
-        client.log_batch(run_id, metrics=(metrics or [])[at : at + 1000])
-    for at in range(0, max(len(settings), len(labels)), 100):
-        client.log_batch(run_id, params=settings[at : at + 100], tags=labels[at : at + 100])
+def _describe(client: MlflowClient, run_id: str, params: dict[str, Any], tags: dict[str, Any]) -> None:
+    settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items()]
+    client.log_batch(run_id, params=settings, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
 def _tags(run: Record) -> dict[str, Any]:

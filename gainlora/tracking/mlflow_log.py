@@ -153,7 +153,7 @@ class Curve:
         """Kind -> last delivered step: a resumed task repeats the steps after its checkpoint."""
         self.points: list[Metric] = []
         self.sender = ThreadPoolExecutor(1)
-        self.sent: Future[None] | None = None
+        self.sent: Future[Any] | None = None
         self.at = time.monotonic()
 
     def add(self, kind: str, record: dict[str, Any]) -> None:
@@ -172,4 +172,4 @@ class Curve:
     def _send(self) -> None:
         points, self.points, self.at = self.points, [], time.monotonic()
         if points:
-            self.sent = self.sender.submit(mlflow.log, self.client, self.run_id, points)
+            self.sent = self.sender.submit(self.client.log_batch, self.run_id, points)
