@@ -96,7 +96,7 @@ def write_learned(learner: "ContinualLearner", folder: Path) -> None:
         raise GainLoRAError(f"{folder}: holds other files; name a new folder.")
     config, base = learner.config, learner.model.config.base_digest or ""
     fixed = config.with_options({"subspace.horizon": learner.horizon})
-    ids = identity.step_ids(fixed, identity.task_data(learner.entries), base)
+    ids = identity.step_ids(fixed, learner.entries, base)
     described = identity.describe(config, list(learner.tasks), [], ids, base)
     described["dtype"] = str(learner.model.get_base_model().dtype).removeprefix("torch.")
     record = Record(described, learner.entries, [step_of(step) for step in learner.history])

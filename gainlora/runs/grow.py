@@ -63,7 +63,7 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
         config = c.with_options(changes)
         entry = data_entry(task, config, "", None, tokenizer)
         data = {**run.recorded, name: entry}
-        ids = identity.step_ids(config, identity.task_data(data), base, run.ids)
+        ids = identity.step_ids(config, data, base, run.ids)
         described = _derived(run, config, [*run.tasks, name], ids)
         described |= {"extends": run.folder.name, **identity.code_version(config.method)}
         now = datetime.now(UTC).isoformat(timespec="seconds")

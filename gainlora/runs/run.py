@@ -111,7 +111,7 @@ class Run:
         tasks, skipped = load_order(config.order, everything, root, repeats and repeats / OWN)
         used = [limited(task, config.data) for task in tasks]
         names, base = [task.name for task in tasks], identity.base_fingerprint(location, root)
-        ids = identity.step_ids(config, [identity.TaskData(t.name, t.sha256, len(t.train)) for t in used], base)
+        ids = identity.step_ids(config, {t.name: {"sha256": t.sha256, "train": len(t.train)} for t in used}, base)
         described = identity.describe(config, names, skipped, ids, base)
         if repeats:
             described["run_id"] = described["lineage"] = f"{repeats.name}{lineage.RERUN}"

@@ -101,7 +101,7 @@ def root(tmp_path_factory):
 
 
 def tasks(**digests):
-    return [identity.TaskData(name, sha256, 24) for name, sha256 in digests.items()]
+    return {name: {"sha256": sha256, "train": 24} for name, sha256 in digests.items()}
 
 
 def ids(root, method, **changed):
