@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
+from mlflow.utils import get_results_from_paginated_fn
 
 from gainlora.errors import GainLoRAError, printable, reason
 from gainlora.runs.records import MEASURES, ROUTING, UNLEARNED, Key, Record, Step, checked
@@ -42,7 +42,9 @@ def tracked_runs(tracking: TrackingConfig, root: Path = Path(".")) -> list[Recor
         )
     try:
         with store(tracking, root) as (client, experiment):
-            found = _all_runs(client, experiment)
+            found: list[MlflowRun] = get_results_from_paginated_fn(
+                lambda count, token: client.search_runs([experiment], max_results=count, page_token=token), 1000
+            )
     except GainLoRAError:
         raise
     except Exception as error:  # of MLflow, its database's driver, or the network
@@ -67,15 +69,6 @@ def tracked_runs(tracking: TrackingConfig, root: Path = Path(".")) -> list[Recor
                 file=sys.stderr,
             )
     return records
-
-
-def _all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
-    page = client.search_runs([experiment])
-    found = list(page)
-    while page.token:
-        page = client.search_runs([experiment], page_token=page.token)
-        found += page
-    return found
 
 
 def _record(parent: MlflowRun, children: Sequence[MlflowRun]) -> Record:
