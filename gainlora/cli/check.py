@@ -112,8 +112,7 @@ def _lengths(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: boo
 def _tokenizer(config: RunConfig) -> tuple[Any, bool]:
     """The model's tokenizer, None if it is not there; and whether the model is an encoder-decoder."""
     from gainlora.data.sources import resolve_model
-    from gainlora.export.saved import base_config
-    from gainlora.model.base import load_tokenizer
+    from gainlora.model.base import base_config, load_tokenizer
 
     try:
         location = resolve_model(config.model.location)

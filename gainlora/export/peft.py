@@ -14,11 +14,11 @@ import torch
 
 from gainlora.errors import GainLoRAError, did_you_mean
 from gainlora.export.hub import CARD, check_finished, make_card
-from gainlora.export.saved import SavedModel, base_config, new_folder, open_saved
+from gainlora.export.saved import SavedModel, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
 from gainlora.io import write_json
 from gainlora.model.adapter_io import BRANCHES, CONFIG, read_branches, save_tensors
-from gainlora.model.base import auto_class, load_base
+from gainlora.model.base import auto_class, base_config, load_base
 from gainlora.model.modeling import GainLoRAModel
 
 

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gainlora.config import RunConfig
 from gainlora.data.sources import resolve_model
 from gainlora.data.tasks import KEPT, as_file, read_kept_test
-from gainlora.errors import GainLoRAError, reason
+from gainlora.errors import GainLoRAError
 from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
@@ -144,22 +144,8 @@ def _check_free(place: Path) -> None:
 def files_sha256(source: str) -> str:
     """Fingerprint of a base model: SHA-256 of a folder's weights, or the commit of a hub id."""
     if not Path(source).is_dir():
-        return f"commit {base_config(source)._commit_hash}"
+        return f"commit {identity.hub_commit(source)}"
     digest = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")):
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
-
-
-def base_config(source: str) -> Any:
-    """transformers' configuration of a base model.
-
-    Raises:
-        GainLoRAError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # any exception: transformers does not check the types in config.json
-        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason(error)}).") from None

@@ -102,6 +102,18 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def base_config(source: str, revision: str | None = None) -> Any:
+    """transformers' configuration of a base model.
+
+    Raises:
+        GainLoRAError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with _loading(source, "config.json"):  # by default, trust_remote_code would prompt
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
 def load_base(
     source: str, dtype: torch.dtype, device_map: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
@@ -116,16 +128,14 @@ def load_base(
         GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
             quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
     where = f"model.name: {source!r}"
+    config = base_config(source, revision)
     with _loading(source, "config.json"):
-        # by default, trust_remote_code would prompt
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         adapter = find_adapter_config_file(source, revision=revision)
         if adapter is not None:  # transformers would silently add it to the model
             raise GainLoRAError(
@@ -213,10 +223,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     Raises:
         GainLoRAError: config.json or the tokenizer cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    with _loading(source, "config.json"):  # without this, transformers prompts interactively
-        AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    base_config(source, revision)  # without this, transformers prompts interactively
     with _loading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 

@@ -168,7 +168,7 @@ def base_fingerprint(location: str, root: Path) -> str:
     """
     folder = Path(location)
     if not folder.is_dir():
-        return _hub_commit(location)
+        return hub_commit(location)
     store = root / ".cache" / "fingerprints.json"
     files = {path for pattern in BASE_FILES for path in folder.resolve().glob(pattern) if path.name not in NOT_BASE}
     hashes = []
@@ -193,7 +193,12 @@ def revision(location: str, fingerprint: str) -> str | None:
     return None if Path(location).is_dir() else fingerprint
 
 
-def _hub_commit(hub_id: str) -> str:
+def hub_commit(hub_id: str) -> str:
+    """The newest commit of a model on the hub.
+
+    Raises:
+        GainLoRAError: it cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
 
     try:

@@ -12,7 +12,7 @@ from gainlora import distributed, io
 from gainlora.data.sources import resolve_model
 from gainlora.errors import GainLoRAError, reason
 from gainlora.model import memory
-from gainlora.model.base import load_base
+from gainlora.model.base import base_config, load_base
 from gainlora.runs import identity
 from gainlora.training.learner import ContinualLearner
 
@@ -45,13 +45,11 @@ def load_learner(run: Run, k: int) -> ContinualLearner:
 
 def memory_note(run: Run) -> list[str]:
     """One line on the memory that the run's last task needs, if the base is large and tasks are left to learn."""
-    from transformers import AutoConfig
-
     if run.finished == len(run.steps):
         return []
     try:
-        base = AutoConfig.from_pretrained(resolve_model(run.config.model.location, run.root), trust_remote_code=False)
-    except (OSError, ValueError):  # refused in words when it is loaded
+        base = base_config(resolve_model(run.config.model.location, run.root))
+    except GainLoRAError:  # refused when it is loaded
         return []
     if base.get_text_config().hidden_size < WIDE:
         return []

@@ -206,7 +206,7 @@ def read_run(folder: Path) -> Record:
         GainLoRAError: not a run folder, or a file is damaged or differs from its checksum.
     """
     config = read_json(folder / "config.json")
-    with _complete(folder, "damaged", "delete it and run again"):
+    with complete_or_refused(folder, "damaged", "delete it and run again"):
         config.setdefault("steps", list(config["tasks"]))  # folders of version 0.1.0 do not name them
         folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["steps"], start=1)]
         steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
@@ -306,7 +306,7 @@ def read_result_file(path: Path) -> Record:
         GainLoRAError: no such file, not a result file, or its R, AP, FT and BWT contradict its scores.
     """
     content = read_json(path)
-    with _complete(path, "not a result file", "write it anew with `gainlora results RUN`"):
+    with complete_or_refused(path, "not a result file", "write it anew with `gainlora results RUN`"):
         steps = []
         for step in content["steps"]:
             files = {kind: step[kind] for kind in FILES if kind in step}
@@ -413,12 +413,12 @@ def _readable(value: Any, indent: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _complete(path: Path, problem: str, remedy: str) -> Iterator[None]:
+def complete_or_refused(what: object, problem: str, remedy: str) -> Iterator[None]:
     """Turn a missing or mistyped value into one error that names the file and the remedy."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise GainLoRAError(f"{path}: {problem} ({error} is missing or wrong); {remedy}.") from None
+        raise GainLoRAError(f"{what}: {problem} ({error} is missing or wrong); {remedy}.") from None
 
 
 def step_of(files: dict[str, Any]) -> Step:

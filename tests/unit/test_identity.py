@@ -10,6 +10,7 @@ import torch
 
 from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
+from gainlora.export.saved import files_sha256
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.runs import identity
 from gainlora.runs.run import Run
@@ -219,6 +220,7 @@ def test_a_hub_model_is_its_commit(tmp_path, monkeypatch):
     place = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: str(place))
     assert identity.base_fingerprint("a/b", tmp_path) == "c0ffee"
+    assert files_sha256("a/b") == "commit c0ffee"
 
 
 def test_other_packages_on_resume_are_noted_once(tmp_path, monkeypatch):
