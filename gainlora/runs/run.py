@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
@@ -55,7 +55,7 @@ def call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-class Run:
+class Run(AbstractContextManager["Run"]):
     """A run folder, locked by this process until `close`; a context manager. Use `create` or `open`."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -162,9 +162,6 @@ class Run:
         run = cls(folder, str(name) if folder.name != str(name) and lineage.exists(str(name), root) else None)
         run.already_shortened = folder.name in forgotten.values()
         return run
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -4,10 +4,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -23,7 +23,7 @@ INTERVAL = 5.0
 """Seconds between two deliveries of a training curve."""
 
 
-class MlflowLogger(Callback):
+class MlflowLogger(Callback, AbstractContextManager["MlflowLogger"]):
     """Records a run: curves while a task trains, everything else when it is finished. Learning never waits for MLflow:
     records that fail are delivered after a later task, or by the same command. A context manager: a run that stops
     early becomes FAILED or KILLED.
@@ -91,9 +91,6 @@ class MlflowLogger(Callback):
             print(promote(self.run.folder, self.uri, s.promote).reason)
         except Exception as error:  # the run is learned and recorded in any case
             print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = [self.curve.run_id] if self.curve else []
