@@ -167,11 +167,11 @@ def collate(
         counted from each row's first real token.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        width = max(map(len, rows))
-        filled = [(r, [value] * (width - len(r))) for r in rows]
-        return torch.tensor([r + padding if encoder_decoder else padding + r for r, padding in filled])
+        side = "right" if encoder_decoder else "left"
+        return pad_sequence([torch.tensor(r, dtype=torch.int64) for r in rows], True, value, side)
 
     inputs = [list(r["prompt_ids"]) for r in rows]
     labels = answers = [list(r["target_ids"]) for r in rows] if targets else []
