@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gainlora.data.instances import checked_text
 from gainlora.data.prompts import build_prompt, parse_prompt
 from gainlora.errors import GainLoRAError, add_context, did_you_mean
 from gainlora.export.saved import SavedModel
@@ -76,20 +77,16 @@ def make_prompt(learned: SavedModel, text: Any, task: str | None) -> str:
     Raises:
         GainLoRAError: no such task, the run does not record its instruction, or the text is no string of characters.
     """
-    if not isinstance(text, str) or not text.strip():
-        raise GainLoRAError(f"text: {'empty' if isinstance(text, str) else 'no text'}; give some.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone \ud800 is legal JSON, but no tokenizer accepts it
-        raise GainLoRAError("text: holds half a surrogate pair, which is no character; correct it.") from None
+    if not checked_text(text, "text:", "give text"):
+        raise GainLoRAError("text: empty; give some.")
     if task is None:
         return text
     entries = learned.run.data
     if task not in entries:
-        raise GainLoRAError(f"--task: {task!r} is no task of this run{did_you_mean(task, entries)}.")
+        raise GainLoRAError(f"task: {task!r} is no task of this run{did_you_mean(task, entries)}.")
     if "definition" not in entries[task]:
         raise GainLoRAError(
-            "--task: this run is older than the record of instructions; give the whole prompt as the text."
+            "task: this run is older than the record of instructions; give the whole prompt as the text."
         )
     return build_prompt(learned.config.order.template, entries[task]["definition"], text.strip()).text
 
