@@ -34,7 +34,7 @@ def write_release(learned: SavedModel, target: Path, name: str | None = None) ->
     Raises:
         GainLoRAError: the run is not finished, or a file is missing or damaged.
     """
-    check_finished(learned)
+    learned.check_finished()
     known_as = name or f"adapters/{learned.config.order.name}"
     target.mkdir(parents=True, exist_ok=True)
     for file in FILES:
@@ -69,21 +69,6 @@ def push(place: str | Path, repo_id: str, private: bool = False) -> str:
                 f"{repo_id}: not pushed ({reason(error)}); give OWNER/NAME, and log in by `hf auth login` or HF_TOKEN."
             ) from None
     return str(done.commit_url)
-
-
-def check_finished(learned: SavedModel) -> None:
-    """Refuse a run that has not learned all of its tasks.
-
-    Raises:
-        GainLoRAError: tasks remain to be learned, or an earlier task's state was named.
-    """
-    run, done = learned.run, len(learned.adapter.tasks)
-    steps = len(run.config["steps"])
-    if not run.complete or done < steps:
-        raise GainLoRAError(
-            f"{learned.folder}: {min(done, len(run.steps))} of {steps} tasks are learned; name a finished run's "
-            "folder, or run the same command again to finish it."
-        )
 
 
 def make_card(learned: SavedModel, place: str, kind: Literal["adapter", "peft", "merged"], **usage: str) -> str:

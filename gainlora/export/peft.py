@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gainlora.errors import GainLoRAError, did_you_mean
-from gainlora.export.hub import CARD, check_finished, make_card
+from gainlora.export.hub import CARD, make_card
 from gainlora.export.saved import SavedModel, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
 from gainlora.io import write_json
@@ -40,7 +40,7 @@ def export(
         GainLoRAError: no such branch, all branches requested although coefficients are not 1, or `out` exists.
     """
     learned = open_saved(place)
-    check_finished(learned)
+    learned.check_finished()
     config, layers = read_branches(learned.folder)
     count = len(next(iter(layers.values()))[0])
     weights = None if prompt is None else _coefficients(learned, branch, prompt, task, base)
@@ -94,7 +94,7 @@ def merge(place: str | Path, out: Path, base: str | None = None) -> Path:
         GainLoRAError: the coefficients are not all 1, or `out` exists.
     """
     learned = open_saved(place)
-    check_finished(learned)
+    learned.check_finished()
     learned.adapter.check_mergeable()
     with new_folder(out) as part:
         model, tokenizer = load_base(learned.base(base), torch.float32, "cpu")

@@ -59,6 +59,10 @@ class SavedModel:
         found = resolve_model(given) if given else resolve_model(self.adapter.base_model, self.root)
         return str(Path(found).resolve()) if Path(found).is_dir() else found
 
+    def check_finished(self) -> None:
+        """Refuse a run that has not learned all of its tasks, or an earlier task's state (GainLoRAError)."""
+        self.run.check_finished(len(self.adapter.tasks))
+
 
 def open_saved(place: str | Path) -> SavedModel:
     """Describe the learned model at `place` without loading it.

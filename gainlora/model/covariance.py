@@ -78,8 +78,7 @@ def routing_sums(model: GainLoRAModel, batches: Iterable[Batch]) -> tuple[Tensor
         hidden = model.prompt_features(input_ids, mask)  # (B, d)
         more = model.router.sums(hidden[counted.to(hidden.device)])
         gram, target = gram + more[0], target + more[1]
-    if distributed.count() > 1:
-        distributed.all_reduce_sum([gram, target])
+    distributed.all_reduce_sum([gram, target])
     return gram, target
 
 

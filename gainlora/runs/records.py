@@ -125,11 +125,17 @@ class Record:
         """Whether every step is finished."""
         return len(self.steps) == len(self.config["steps"])
 
-    def check_finished(self) -> None:
-        """Refuse an unfinished run (GainLoRAError)."""
-        if not self.complete:
-            done = f"{len(self.steps)} of {len(self.config['steps'])} tasks are learned"
-            raise GainLoRAError(f"{self.folder or self.run_id}: {done}; run the same command again to finish it.")
+    def check_finished(self, state: int | None = None) -> None:
+        """Refuse an unfinished run, or an earlier state of a finished one (GainLoRAError).
+
+        Args:
+            state: number of steps learned in the state that is used; None: the last one.
+        """
+        total = len(self.config["steps"])
+        done = min(len(self.steps), total if state is None else state)
+        if done < total:
+            remedy = "run the same command again to finish it, or name a finished run"
+            raise GainLoRAError(f"{self.folder or self.run_id}: {done} of {total} tasks are learned; {remedy}.")
 
     @property
     def at_once(self) -> bool:
