@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -330,7 +330,7 @@ class Run(AbstractContextManager["Run"]):
         earlier = distributed.on_main(lambda: [read_step(step).files["scores"] for step in steps])
         before = distributed.on_main(lambda: io.read_json(self.partial_folder(t) / BEFORE))
         seen = [self.data[name] for name in self.seen(t)]
-        row, answers = learner.scored(seen, self._tasks(t), before, earlier, partial(self._timed, t))
+        row, answers = learner.scored(seen, self._tasks(t), before, earlier, lambda phase: self._timed(t, phase))
         return distributed.on_main(lambda: self._write_scores(t, row, answers))
 
     def seal(self, t: int) -> Path:
