@@ -107,7 +107,8 @@ class Task:
                 made["notes"] += read.notes
         if "test" not in made:
             held = split_test([e.input for e in made["train"]], self.name, f"task {self.name}")
-            made["notes"].append(_held_out_note(len(held), len(made["train"])))
+            of = f"{len(held)} of {len(made['train'])} rows, one in {TEST_SHARE} different inputs"
+            made["notes"].append(f"{of}, are held out to test.")
             made["train"], made["test"] = _divided(made["train"], held)
         if not self.sha256:
             parts = [[[e.input, e.references] for e in made[split]] for split in ("train", "test")]
@@ -159,13 +160,9 @@ def read_task(source: Source | Path | str, template: str, metric: str, name: str
     if len(set(definitions)) > 1:
         raise GainLoRAError(f"{source.label('test')}: 'Definition' differs from train.json's; give both the same text.")
     notes = tuple(dict.fromkeys(note for split, _ in splits for note in split.notes))
-    train, test = tuple(splits[0][0].examples), tuple(splits[-1][0].examples)
-    name = name or source.name
-    if len(splits) == 1:
-        held = split_test([e.input for e in train], name, str(source.place))
-        notes = (*notes, f"{source.name}: {_held_out_note(len(held), len(train))}")
-        train, test = _divided(train, held)
-    return Task(name, train, test, definitions[0], template=template, metric=metric, sha256=sha256, notes=notes)
+    given = [tuple(split.examples) for split, _ in splits]  # without test examples, Task holds some out
+    known: dict[str, Any] = {"template": template, "metric": metric, "sha256": sha256, "notes": notes}
+    return Task(name or source.name, given[0], given[1] if len(given) > 1 else None, definitions[0], **known)
 
 
 def load_order(
@@ -293,10 +290,6 @@ def _check_apart(examples: Any, task: Task, where: str, remedy: str) -> None:
 def _divided(examples: tuple[Example, ...], held: set[int]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The examples that stay, and those held out."""
     return tuple(e for i, e in enumerate(examples) if i not in held), tuple(examples[i] for i in sorted(held))
-
-
-def _held_out_note(held: int, total: int) -> str:
-    return f"{held} of {total} rows, one in {TEST_SHARE} different inputs, are held out to test."
 
 
 def _remedy(folder: str) -> str:
