@@ -14,30 +14,32 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FailedRun
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed, Failed
 
 from flows import publish
-from flows.artifacts import show_progress, show_table
 from flows.server import environment
 from gainlora.config import RunConfig, load_config, order_names, read_params
 from gainlora.errors import GainLoRAError, format_error
 from gainlora.interrupts import resent, stoppable, stopped
 from gainlora.prefect_server import continual_options, find_server
 from gainlora.report.one_run import matrix_markdown
-from gainlora.runs.bar import RunBar, planned_steps
 from gainlora.runs.records import read_run
 from gainlora.runs.run import Call, Run, call
 from gainlora.runs.start import learn_recorded
-from gainlora.training.callbacks import Callback, Console
+from gainlora.training.callbacks import Callback, Console, RunBar
 from gainlora.version import learning_version, present_version
 
 Show = Callable[[int], list[Callback]]
@@ -112,18 +114,29 @@ def check_unchanged(order: str, config: RunConfig, before: publish.Versions, now
         )
 
 
+@contextmanager
+def optional() -> Iterator[None]:
+    """For artifacts in Prefect's UI: learning never depends on them, so without a server they are skipped."""
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):  # one attempt: artifacts are not worth waiting
+            yield
+    except httpx.HTTPError as error:
+        get_run_logger().warning(f"Prefect's server does not answer ({type(error).__name__}); learning continues")
+
+
 class FlowLog(Callback):
     """A flow run's log lines and artifacts: progress, and R after each task."""
 
     def __init__(self, decimals: int) -> None:
         self.decimals = decimals
+        self.bar: UUID | None = None
 
     def on_run_begin(self, run: Run) -> None:
-        self.planned = planned_steps(run)
+        self.planned = run.planned_steps
         self.run, self.key = run, re.sub("[^a-z0-9]+", "-", run.folder.name.lower())
         for notice in run.notices:
             get_run_logger().warning(notice)
-        show_progress(100 * run.finished / len(run.steps), f"progress-{self.key}")
+        self._show_progress(run.finished)
 
     def on_task_begin(self, t: int, name: str) -> None:
         self.where, self.total, self.told = f"task {t}/{len(self.run.steps)} {name}", self.planned[t - 1], 0.0
@@ -137,8 +150,17 @@ class FlowLog(Callback):
         get_run_logger().info(Console.line(t, len(self.run.steps), name, row, self.decimals))
         description = f"R after task {t} of {len(self.run.steps)}: row = learned, column = evaluated"
         R = matrix_markdown(read_run(self.run.folder), self.decimals)
-        show_table(R, f"accuracy-matrix-{self.key}", description)
-        show_progress(100 * t / len(self.run.steps), f"progress-{self.key}")
+        with optional():
+            create_markdown_artifact(R, key=f"accuracy-matrix-{self.key}", description=description)
+        self._show_progress(t)
+
+    def _show_progress(self, finished: int) -> None:
+        percent = 100 * finished / len(self.run.steps)
+        with optional():
+            if self.bar:
+                update_progress_artifact(self.bar, percent)
+            else:
+                self.bar = create_progress_artifact(percent, key=f"progress-{self.key}")
 
 
 def run_name() -> str:

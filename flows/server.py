@@ -62,7 +62,7 @@ def start(jobs: int | None = None) -> str:
     Raises:
         GainLoRAError: the port is taken, a runner with another limit is there, or a process did not start.
     """
-    record, url = _own_record(), f"http://127.0.0.1:{_port()}/api"
+    record, url = read_record(), f"http://127.0.0.1:{_port()}/api"
     if _process(record.get("runner")) and jobs not in (None, record["jobs"]):
         raise GainLoRAError(
             f"jobs: {jobs}: the runner in this folder runs {record['jobs']} at once; `make stop` ends it, or continue "
@@ -97,7 +97,7 @@ def stop() -> None:
     """End the processes of `start`: flow runs first, which keep finished work, then the runner, then the server."""
     import psutil
 
-    record = _own_record()
+    record = read_record()
     for name in ("runner", "server"):
         if root := _process(record.get(name)):
             for family in (root.children(recursive=True), [*root.children(recursive=True), root]):
@@ -181,12 +181,6 @@ def _signal(process: Any, send: Any) -> None:
 
     with contextlib.suppress(psutil.NoSuchProcess):
         send(process)
-
-
-def _own_record() -> dict[str, Any]:
-    """What was started here; in a copied folder the record is of the other one's processes."""
-    record = read_record()
-    return record if record.get("folder") == str(Path.cwd()) else {}
 
 
 def _write(record: dict[str, Any]) -> dict[str, Any]:

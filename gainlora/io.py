@@ -280,19 +280,31 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def verify_checksums(folder: Path) -> None:
-    """Check every file against checksums.json.
+def mending(step: Path) -> str:
+    """The remedy for a damaged step of a run."""
+    return f"`gainlora repair {os.path.relpath(step.parent)}` drops back to the last good task"
+
+
+def verify_checksums(folder: Path, *names: str) -> dict[str, str]:
+    """Check the files of a sealed folder against checksums.json; returns its content.
+
+    Args:
+        names: check only these of them.
 
     Raises:
         GainLoRAError: a file is missing or changed.
     """
-    remedy = f"`gainlora repair {os.path.relpath(folder.parent)}` goes back to the last good task"
-    for name, expected in read_json(folder / "checksums.json", absent=remedy, damaged=remedy).items():
+    remedy = mending(folder)
+    sums: dict[str, str] = read_json(folder / "checksums.json", absent=remedy, damaged=remedy)
+    for name, expected in sums.items():
         path = folder / name
+        if names and name not in names:
+            continue
         if not path.is_file():
             raise GainLoRAError(f"{path}: missing; {remedy}.")
         if sha256(path) != expected:
             raise GainLoRAError(f"{path}: changed since it was written (another SHA-256); {remedy}.")
+    return sums
 
 
 def is_whole(folder: Path) -> bool:

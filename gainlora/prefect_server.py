@@ -42,16 +42,16 @@ def find_server() -> str | None:
             )
         return url
     record = read_record()
-    own = record.get("folder") == str(Path.cwd()) and answers(record["url"])
-    return str(record["url"]) if own else None
+    return str(record["url"]) if record and answers(record["url"]) else None
 
 
 def read_record() -> dict[str, Any]:
-    """The content of `RECORD`; empty where no server was started in this folder."""
+    """The content of `RECORD`; empty where no server was started in this folder: in a copied one it is another's."""
     try:
-        return dict(json.loads(RECORD.read_text()))
+        record = dict(json.loads(RECORD.read_text()))
     except (OSError, ValueError):
         return {}
+    return record if record.get("folder") == str(Path.cwd()) else {}
 
 
 def check_folder(deployment: Any, url: str) -> bool:

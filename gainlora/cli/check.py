@@ -65,23 +65,23 @@ def summary(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: bool
         tokenizer: None: not available, so nothing is said of tokens.
     """
     from gainlora.data.checks import inspect, majority_score
-    from gainlora.data.tasks import limited
+    from gainlora.data.tasks import judged, limited
     from gainlora.data.validation import squeeze
 
-    used = limited(task, config.data)
+    findings = inspect(task, tokenizer, benchmark_protocol=config.data.protocol is not None)
+    used = judged(limited(task, config.data), vars(findings))
     parts = [
         f"{len(some)} of {len(every)} {split}"
         for split in ("train", "validation", "test")
         if (every := getattr(task, split)) and (some := getattr(used, split))
     ]
     yield f"{task.name}: {', '.join(parts)} examples are used; instruction: {task.instruction or 'none'}"
-    findings = inspect(task, tokenizer, benchmark_protocol=config.data.protocol is not None)
     if task.metric == "exact_match":
         counts = Counter(example.references[0] for example in used.train).most_common()
         shown = [f"{label} {count} ({100 * count / len(used.train):.0f} %)" for label, count in counts[:LABELS]]
         more = f", and {len(counts) - LABELS} more" if len(counts) > LABELS else ""
         yield f"  {len(counts)} labels: {', '.join(shown)}{more}"
-        yield f"  the most frequent one as every answer: {majority_score(used, findings.keep_punctuation):.1f}"
+        yield f"  the most frequent one as every answer: {majority_score(used):.1f}"
     steps = -(-len(used.train) // config.train.batch_size) * config.epochs(task.name, len(used.train))
     yield f"  {steps} optimizer steps of {config.train.batch_size} examples"
     if tokenizer is not None:
@@ -112,8 +112,7 @@ def _lengths(task: Task, config: RunConfig, tokenizer: Any, encoder_decoder: boo
 def _tokenizer(config: RunConfig) -> tuple[Any, bool]:
     """The model's tokenizer, None if it is not there; and whether the model is an encoder-decoder."""
     from gainlora.data.sources import resolve_model
-    from gainlora.export.saved import base_config
-    from gainlora.model.base import load_tokenizer
+    from gainlora.model.base import base_config, load_tokenizer
 
     try:
         location = resolve_model(config.model.location)

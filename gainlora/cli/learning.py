@@ -247,9 +247,8 @@ def learn_order(config: RunConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def _learn(run: Run, settings: Settings) -> dict[str, Any]:
-    from gainlora.runs.bar import RunBar
     from gainlora.runs.start import learn_recorded
-    from gainlora.training.callbacks import Console
+    from gainlora.training.callbacks import Console, RunBar
 
     with RunBar() as bar:
         return learn_recorded(run, settings, [Console(settings.report.decimals), bar])

@@ -41,9 +41,8 @@ def predict(
     """
     if (text is None) == (file is None):
         raise BadParameter("give either a TEXT or --file.", param_hint="TEXT")
-    from gainlora.cli.prompts import ANSWER, COEFFICIENTS, read_questions
     from gainlora.export.saved import open_saved
-    from gainlora.inference import Predictor, check_task, make_prompt
+    from gainlora.inference import ANSWER, COEFFICIENTS, Predictor, check_task, make_prompt, read_questions
     from gainlora.progress import track
 
     learned = open_saved(_place(name))

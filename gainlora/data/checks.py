@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from gainlora.config import RunConfig
 from gainlora.data.collate import encode
 from gainlora.data.instances import Example
-from gainlora.data.tasks import Task
+from gainlora.data.tasks import Task, limited
 from gainlora.data.validation import squeeze
 from gainlora.errors import GainLoRAError, short_repr
 from gainlora.training.metrics import comparable, fold, normalize
@@ -59,18 +60,35 @@ def inspect(task: Task, tokenizer: Any = None, benchmark_protocol: bool = False)
     return Findings(keep, tuple(notes))
 
 
+def data_entry(task: Task, config: RunConfig, path: str, dvc: str | None, tokenizer: Any) -> dict[str, Any]:
+    """A task's entry in a run's data.json. The task is read without limits: counts are those within the limits; notes
+    and comparison consider all examples."""
+    used = limited(task, config.data)
+    counts: dict[str, Any] = {"train": len(used.train), "test": len(used.test)}
+    if used.validation:
+        counts |= {"validation": len(used.validation), "validation_from": used.validation_from}
+    entry = {"path": path, "dvc": dvc, "sha256": task.sha256, "definition": task.instruction, **counts}
+    findings = inspect(task, tokenizer, benchmark_protocol=config.data.protocol is not None)
+    return {**entry, "keep_punctuation": findings.keep_punctuation, "notes": list(findings.notes)}
+
+
+def data_notes(data: dict[str, Any]) -> list[str]:
+    """The notes of data.json, each with its task's name."""
+    return [f"{name}: {note}" for name, entry in data.items() for note in entry.get("notes", [])]
+
+
 def keeps_punctuation(task: Task, benchmark_protocol: bool = False) -> bool:
     """Whether answers are compared with their punctuation: training labels are equal or empty without it."""
     return task.metric == "exact_match" and not benchmark_protocol and bool(_ambiguous(_labels(task)))
 
 
-def majority_score(task: Task, keep_punctuation: bool) -> float | None:
+def majority_score(task: Task) -> float | None:
     """Score (0 to 100) of the most frequent training label as the answer to every test example; None for ROUGE."""
     if task.metric != "exact_match":
         return None
-    counts = Counter(comparable(task.metric, e.references[0], keep_punctuation) for e in task.train)
-    most = counts.most_common(1)[0][0]
-    right = [most in {comparable(task.metric, r, keep_punctuation) for r in e.references} for e in task.test]
+    same = partial(comparable, task.metric, keep_punctuation=bool(task.keep_punctuation))
+    most = Counter(same(e.references[0]) for e in task.train).most_common(1)[0][0]
+    right = [most in map(same, e.references) for e in task.test]
     return 100 * sum(right) / len(right)
 
 

@@ -57,15 +57,10 @@ def tokenize(
         target did).
 
     Raises:
-        GainLoRAError: the tokenizer has no EOS token, or the cache folder cannot be written.
+        GainLoRAError: the cache folder cannot be written.
     """
     import datasets
 
-    if tokenizer.eos_token_id is None:
-        raise GainLoRAError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, "
-            "so answers could not end; set tokenizer.eos_token and save it, or choose another model."
-        )
     examples: tuple[Example, ...] = getattr(task, split)
     prompts = [task.parts(e) for e in examples]
     references = [pick_references(e, data.references, task.name) for e in examples]
@@ -172,11 +167,11 @@ def collate(
         counted from each row's first real token.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        width = max(map(len, rows))
-        filled = [(r, [value] * (width - len(r))) for r in rows]
-        return torch.tensor([r + padding if encoder_decoder else padding + r for r, padding in filled])
+        side = "right" if encoder_decoder else "left"
+        return pad_sequence([torch.tensor(r, dtype=torch.int64) for r in rows], True, value, side)
 
     inputs = [list(r["prompt_ids"]) for r in rows]
     labels = answers = [list(r["target_ids"]) for r in rows] if targets else []

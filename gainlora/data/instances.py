@@ -47,7 +47,7 @@ def benchmark_split(raw: dict[str, Any], path: Path, allow_blank: bool) -> Split
     definition = raw.get("Definition", [])
     if isinstance(definition, list):
         definition = definition[0] if definition else ""
-    definition = _text(definition, f"{path}: 'Definition'", "give text or a list of texts")
+    definition = checked_text(definition, f"{path}: 'Definition'", "give text or a list of texts")
     instances = raw.get("Instances")
     if not isinstance(instances, list):
         found = f"is {kind(instances)}" if "Instances" in raw else f"is missing (keys: {', '.join(raw) or 'none'})"
@@ -74,7 +74,7 @@ def checked_examples(
                 keys = ", ".join(instance) or "none"
                 raise GainLoRAError(f"{where}: key {key!r} is missing (keys: {keys}); add it.")
         _check_keys(instance, "instance", where)
-        text = _text(instance["input"], f"{where}: 'input'", "give text")
+        text = checked_text(instance["input"], f"{where}: 'input'", "give text")
         if not text:
             raise GainLoRAError(f"{where}: 'input' is empty; give it text or remove it.")
         answers = _answers(instance["output"], where)
@@ -99,8 +99,8 @@ def _answers(output: Any, where: str) -> list[str]:
     if isinstance(output, list):
         if not output:
             raise GainLoRAError(f"{where}: 'output' is an empty list; give at least one answer.")
-        return [_text(o, f"{where}: 'output' entry {i}", "give text") for i, o in enumerate(output)]
-    text = _text(output, f"{where}: 'output'", "give text or a list of texts")
+        return [checked_text(o, f"{where}: 'output' entry {i}", "give text") for i, o in enumerate(output)]
+    text = checked_text(output, f"{where}: 'output'", "give text or a list of texts")
     if not text:
         raise GainLoRAError(f"{where}: 'output' is empty; give an answer or remove it.")
     return [text]
@@ -130,7 +130,12 @@ def _nearly(key: str, known: str) -> bool:
     return letters == known or key in swapped or regex.fullmatch(f"(?:{known}){{e<={errors}}}", key) is not None
 
 
-def _text(value: Any, where: str, remedy: str) -> str:
+def checked_text(value: Any, where: str, remedy: str) -> str:
+    """A text, stripped.
+
+    Raises:
+        GainLoRAError: it is none, or not one that can be written as UTF-8.
+    """
     if not isinstance(value, str):
         raise GainLoRAError(f"{where} is {kind(value)}; {remedy}.")
     try:

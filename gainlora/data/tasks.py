@@ -1,31 +1,40 @@
-"""Tasks: rows in memory, or the files of a folder -> validated examples and prompts.
+"""Tasks: rows in memory, the files of a folder, or what a run keeps of them -> validated examples and prompts.
 
 A task's folder holds one file for training and one for testing, train.json and test.json in the benchmark's format
 (`gainlora.data.instances`) or another (`gainlora.data.formats`). dev.json is read only for `data.validation` and the
 published protocol (`hold_out`); labels.json never, since it disagrees with the benchmark's answers (qqp declares True
 and False and answers yes and no).
+
+A run needs no file outside its folder to learn one more task and to evaluate all earlier ones:
+
+    data/<task>/train.json, test.json      an added task: copied files, or one file split in two
+    task_02_<task>/test/<task>.json        every task: its test examples, in the same format
 """
 
 import hashlib
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gainlora.data.formats import SUFFIXES, Source, memory_rows, rows_split
-from gainlora.data.instances import Example
+from gainlora.data.instances import Example, benchmark_split
 from gainlora.data.prompts import Prompt, build_prompt
 from gainlora.data.validation import SHARE, TEST_SHARE, common_inputs, split_off, split_test
 from gainlora.errors import GainLoRAError, short_repr
+from gainlora.io import read_json
 from gainlora.sections import DataConfig, OrderConfig, is_name
 
 FILES = ("train.json", "test.json")
 """Files of a complete task folder."""
 DEV = "dev.json"
 """Optional file."""
+KEPT = "test"
+"""Subfolder of a run's step for its tasks' test examples."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class Task:
     """Notes on omitted and converted content, one sentence each."""
     validation_from: str = ""
     """The file of the validation examples."""
+    keep_punctuation: bool | None = None
+    """How answers are compared (`gainlora.data.checks`), as decided before the task is learned; None: not yet."""
     columns: InitVar[Mapping[str, str] | None] = None
 
     def __post_init__(self, columns: Mapping[str, str] | None) -> None:
@@ -96,7 +107,8 @@ class Task:
                 made["notes"] += read.notes
         if "test" not in made:
             held = split_test([e.input for e in made["train"]], self.name, f"task {self.name}")
-            made["notes"].append(_held_out_note(len(held), len(made["train"])))
+            of = f"{len(held)} of {len(made['train'])} rows, one in {TEST_SHARE} different inputs"
+            made["notes"].append(f"{of}, are held out to test.")
             made["train"], made["test"] = _divided(made["train"], held)
         if not self.sha256:
             parts = [[[e.input, e.references] for e in made[split]] for split in ("train", "test")]
@@ -148,13 +160,9 @@ def read_task(source: Source | Path | str, template: str, metric: str, name: str
     if len(set(definitions)) > 1:
         raise GainLoRAError(f"{source.label('test')}: 'Definition' differs from train.json's; give both the same text.")
     notes = tuple(dict.fromkeys(note for split, _ in splits for note in split.notes))
-    train, test = tuple(splits[0][0].examples), tuple(splits[-1][0].examples)
-    name = name or source.name
-    if len(splits) == 1:
-        held = split_test([e.input for e in train], name, str(source.place))
-        notes = (*notes, f"{source.name}: {_held_out_note(len(held), len(train))}")
-        train, test = _divided(train, held)
-    return Task(name, train, test, definitions[0], template=template, metric=metric, sha256=sha256, notes=notes)
+    given = [tuple(split.examples) for split, _ in splits]  # without test examples, Task holds some out
+    known: dict[str, Any] = {"template": template, "metric": metric, "sha256": sha256, "notes": notes}
+    return Task(name or source.name, given[0], given[1] if len(given) > 1 else None, definitions[0], **known)
 
 
 def load_order(
@@ -284,10 +292,6 @@ def _divided(examples: tuple[Example, ...], held: set[int]) -> tuple[tuple[Examp
     return tuple(e for i, e in enumerate(examples) if i not in held), tuple(examples[i] for i in sorted(held))
 
 
-def _held_out_note(held: int, total: int) -> str:
-    return f"{held} of {total} rows, one in {TEST_SHARE} different inputs, are held out to test."
-
-
 def _remedy(folder: str) -> str:
     """How to get the data that belongs in `folder`."""
     if folder.startswith("data/embedded"):
@@ -318,3 +322,67 @@ def _subset(examples: tuple[Example, ...], limit: int | None, key: str) -> tuple
     order = list(range(len(examples)))
     random.Random(key).shuffle(order)  # seeded by text: the same on every machine
     return tuple(examples[i] for i in sorted(order[:limit]))
+
+
+# ---- tasks that a run keeps -------------------------------------------------------------------------------------
+
+
+def take_task(source: Source | Path | str, folder: Path, template: str, metric: str) -> Task:
+    """Copy a task to `folder`, whose name is the task's.
+
+    Args:
+        source: a folder with train.json, test.json and perhaps dev.json in the benchmark's format, copied unchanged; or
+            another source (`gainlora.data.formats`), which is converted.
+        folder: created; must not exist.
+
+    Raises:
+        GainLoRAError: the source is missing, in no known format, or too small to hold examples out.
+    """
+    source = Source.of(source)
+    task = read_task(source, template, metric, folder.name)  # an error names the given file, not its copy
+    folder.mkdir(parents=True)
+    if source.plain:
+        for name in (*FILES, DEV):
+            if (file := Path(source.place) / name).is_file():
+                shutil.copyfile(file, folder / name)
+    else:
+        dev = source.read("dev")
+        parts = {"train": task.train, "test": task.test, **({"dev": dev[0].examples} if dev else {})}
+        for split, examples in parts.items():
+            content = json.dumps(as_file(task, examples), ensure_ascii=False)
+            (folder / f"{split}.json").write_text(content, encoding="utf-8")
+    return replace(read_task(folder, template, metric), notes=task.notes)
+
+
+def as_file(task: Task, examples: Sequence[Example], replay: Sequence[Example] = ()) -> dict[str, Any]:
+    """Examples of a task in the benchmark's format, ready for JSON: as a run stores them.
+
+    Args:
+        replay: training examples that are kept beside them (`data.replay`).
+    """
+    parts = {"Instances": examples, **({"Replay": replay} if replay else {})}
+    found = {part: [{"input": e.input, "output": list(e.references)} for e in kept] for part, kept in parts.items()}
+    return {"Definition": [task.instruction], **found}
+
+
+def judged(task: Task, entry: Mapping[str, Any]) -> Task:
+    """The task, its answers compared as its entry in data.json says; by default as the benchmark does."""
+    return replace(task, keep_punctuation=entry.get("keep_punctuation", False))
+
+
+def read_kept_test(path: Path, template: str, metric: str, entry: Mapping[str, Any]) -> Task:
+    """The task with its test examples, and those training examples that are kept for replay.
+
+    Args:
+        entry: of the task in data.json.
+
+    Raises:
+        GainLoRAError: the file is damaged.
+    """
+    remedy = "restore the run's folder from a copy"
+    raw = read_json(path, absent=remedy, damaged=remedy)
+    definition, examples, _ = benchmark_split(raw, path, allow_blank=False)
+    again = {**raw, "Instances": raw.get("Replay")}
+    replay = benchmark_split(again, path, allow_blank=False).examples if raw.get("Replay") else []
+    known = {"template": template, "metric": metric, "sha256": entry["sha256"]}
+    return judged(Task(path.stem, tuple(replay), tuple(examples), definition, **known), entry)

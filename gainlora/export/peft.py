@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from gainlora.errors import GainLoRAError, did_you_mean
-from gainlora.export.card import CARD, check_finished, make_card
-from gainlora.export.saved import SavedModel, base_config, new_folder, open_saved
+from gainlora.export.hub import CARD, make_card
+from gainlora.export.saved import SavedModel, new_folder, open_saved
 from gainlora.inference import Predictor, make_prompt
 from gainlora.io import write_json
 from gainlora.model.adapter_io import BRANCHES, CONFIG, read_branches, save_tensors
-from gainlora.model.base import auto_class, load_base
+from gainlora.model.base import auto_class, base_config, load_base
 from gainlora.model.modeling import GainLoRAModel
 
 
@@ -40,7 +40,7 @@ def export(
         GainLoRAError: no such branch, all branches requested although coefficients are not 1, or `out` exists.
     """
     learned = open_saved(place)
-    check_finished(learned)
+    learned.check_finished()
     config, layers = read_branches(learned.folder)
     count = len(next(iter(layers.values()))[0])
     weights = None if prompt is None else _coefficients(learned, branch, prompt, task, base)
@@ -94,10 +94,10 @@ def merge(place: str | Path, out: Path, base: str | None = None) -> Path:
         GainLoRAError: the coefficients are not all 1, or `out` exists.
     """
     learned = open_saved(place)
-    check_finished(learned)
+    learned.check_finished()
     learned.adapter.check_mergeable()
     with new_folder(out) as part:
-        model, tokenizer = load_base(learned.base(base), torch.float32)
+        model, tokenizer = load_base(learned.base(base), torch.float32, "cpu")
         merged = GainLoRAModel.from_pretrained(learned.folder, model).merge_and_unload()
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)

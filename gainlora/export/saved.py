@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gainlora.config import RunConfig
-from gainlora.data.own_tasks import as_file, read_kept_test
 from gainlora.data.sources import resolve_model
-from gainlora.errors import GainLoRAError, reason
+from gainlora.data.tasks import KEPT, as_file, read_kept_test
+from gainlora.errors import GainLoRAError
 from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
 from gainlora.runs import identity
-from gainlora.runs.data import TEST
-from gainlora.runs.records import Record, read_result_file, read_run, step_of
-from gainlora.runs.result_files import write_result_file
+from gainlora.runs.records import Record, read_result_file, read_run, step_of, write_result_file
 
 if TYPE_CHECKING:
     from gainlora.training.learner import ContinualLearner
@@ -60,6 +58,10 @@ class SavedModel:
         """
         found = resolve_model(given) if given else resolve_model(self.adapter.base_model, self.root)
         return str(Path(found).resolve()) if Path(found).is_dir() else found
+
+    def check_finished(self) -> None:
+        """Refuse a run that has not learned all of its tasks, or an earlier task's state (GainLoRAError)."""
+        self.run.check_finished(len(self.adapter.tasks))
 
 
 def open_saved(place: str | Path) -> SavedModel:
@@ -98,7 +100,7 @@ def write_learned(learner: "ContinualLearner", folder: Path) -> None:
         raise GainLoRAError(f"{folder}: holds other files; name a new folder.")
     config, base = learner.config, learner.model.config.base_digest or ""
     fixed = config.with_options({"subspace.horizon": learner.horizon})
-    ids = identity.step_ids(fixed, identity.task_data(learner.entries), base)
+    ids = identity.step_ids(fixed, learner.entries, base)
     described = identity.describe(config, list(learner.tasks), [], ids, base)
     described["dtype"] = str(learner.model.get_base_model().dtype).removeprefix("torch.")
     record = Record(described, learner.entries, [step_of(step) for step in learner.history])
@@ -106,20 +108,20 @@ def write_learned(learner: "ContinualLearner", folder: Path) -> None:
         learner.model.save_pretrained(part)
         write_result_file(record, part / RUN)
         for name, task in learner.tasks.items():
-            write_json(part / TEST / f"{name}.json", as_file(task, task.test, task.train))
+            write_json(part / KEPT / f"{name}.json", as_file(task, task.test, task.train))
 
 
 def read_learned(saved: SavedModel, learner: "ContinualLearner") -> None:
     """Give a learner the record and the test examples of what its adapter learned."""
     order, names = learner.config.order, learner.model.config.tasks
-    places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{TEST}/*.json")}
-    places |= {file.stem: file for file in saved.folder.glob(f"{TEST}/*.json")}
+    places = {file.stem: file for file in saved.folder.parent.glob(f"task_*/{KEPT}/*.json")}
+    places |= {file.stem: file for file in saved.folder.glob(f"{KEPT}/*.json")}
     tasks = saved.run.tasks if saved.run.at_once else names
     learner.entries = {name: saved.run.data[name] for name in tasks}
     learner.history = [step.files for step in saved.run.steps[: len(names)]]
     learner.tasks = {
-        name: read_kept_test(places[name], order.template, order.metric, learner.entries[name]["sha256"])
-        for name in tasks
+        name: read_kept_test(places[name], order.template, order.metric, entry)
+        for name, entry in learner.entries.items()
         if name in places
     }
     learner.config = learner.config.with_options({"order.tasks": tuple(tasks)})
@@ -146,22 +148,8 @@ def _check_free(place: Path) -> None:
 def files_sha256(source: str) -> str:
     """Fingerprint of a base model: SHA-256 of a folder's weights, or the commit of a hub id."""
     if not Path(source).is_dir():
-        return f"commit {base_config(source)._commit_hash}"
+        return f"commit {identity.hub_commit(source)}"
     digest = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")):
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
-
-
-def base_config(source: str) -> Any:
-    """transformers' configuration of a base model.
-
-    Raises:
-        GainLoRAError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # any exception: transformers does not check the types in config.json
-        raise GainLoRAError(f"--base: {source!r}: its config.json cannot be read ({reason(error)}).") from None

@@ -11,6 +11,7 @@ rule.safetensors            <layer>:<name>: memory of the branch rule, if it has
 import dataclasses
 import itertools
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from gainlora.errors import GainLoRAError, not_written, reason, short_repr
 from gainlora.io import read_json, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
-from gainlora.model.base import load_base, pick_device, pick_dtype, place
+from gainlora.model.base import load_base, pick_device, pick_dtype
 from gainlora.model.gate import GateWeights, widths
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.router import Router
@@ -68,57 +69,45 @@ def load_adapter(
     config = read_config(folder)
     if base is None:
         base, _ = load_base(resolve_model(config.base_model), pick_dtype(dtype, pick_device()), device_map)
-        place(base, device_map)
-    found = getattr(base, "weights_fingerprint", None)  # None: not loaded by `load_base`
-    if config.base_digest and found and found != config.base_digest:
-        raise GainLoRAError(
-            f"{folder}: was learned on a base model {config.base_model!r} with other weights than {base.name_or_path} "
-            "has; give the one that it was learned on, or learn again in a new run (another seed)."
-        )
-    found = getattr(base, "setup_digest", None)
-    if config.base_setup and found and found != config.base_setup:
-        raise GainLoRAError(
-            f"{folder}: was learned on a base model {config.base_model!r} with another configuration or tokenizer than "
-            f"{base.name_or_path} has; give the one that it was learned on, or learn again in a new run."
-        )
+    for what, known, name in (
+        ("other weights", config.base_digest, "weights_fingerprint"),
+        ("another configuration or tokenizer", config.base_setup, "setup_digest"),
+    ):
+        found = getattr(base, name, None)  # None: not loaded by `load_base`
+        if known and found and found != known:
+            raise GainLoRAError(
+                f"{folder}: was learned on a base model {config.base_model!r} with {what} than {base.name_or_path} "
+                "has; give the one that it was learned on, or learn again in a new run (another seed)."
+            )
     model = cls(base, config)
-    branches = _Tensors(folder / BRANCHES, config)
-    first = next(iter(model.layers))
-    stacked = branches.length(f"{first}.lora_A")
-    for name, layer in model.layers.items():
-        A = branches.take(f"{name}.lora_A", stacked, config.rank, layer.in_features)
-        B = branches.take(f"{name}.lora_B", stacked, layer.out_features, config.rank)
-        layer.stack(A.flatten(0, 1), B.transpose(0, 1).flatten(1))  # (T*r, d_in), (d_out, T*r)
-    branches.finish()
+    with _Tensors(folder / BRANCHES, config) as branches:
+        stacked = branches.length(f"{next(iter(model.layers))}.lora_A")
+        for name, layer in model.layers.items():
+            A = branches.take(f"{name}.lora_A", stacked, config.rank, layer.in_features)
+            B = branches.take(f"{name}.lora_B", stacked, layer.out_features, config.rank)
+            layer.stack(A.flatten(0, 1), B.transpose(0, 1).flatten(1))  # (T*r, d_in), (d_out, T*r)
     shape = widths(model.width, config.gate_hidden, config.gate_depth)
     if config.gated and config.tasks:
-        gates = _Tensors(folder / "gate.safetensors", config)
         layers = enumerate(itertools.pairwise(shape), start=1)
-        hidden = [gates.take(f"hidden.{i}", stacked, outputs, inputs) for i, (inputs, outputs) in layers]
-        model.gates = GateWeights(hidden, gates.take("key", stacked, model.width)).to(model.device)
-        gates.finish()
+        with _Tensors(folder / "gate.safetensors", config) as gates:
+            hidden = [gates.take(f"hidden.{i}", stacked, outputs, inputs) for i, (inputs, outputs) in layers]
+            model.gates = GateWeights(hidden, gates.take("key", stacked, model.width)).to(model.device)
     if model.router is not None and config.tasks:
-        sums = _Tensors(folder / "router.safetensors", config, torch.float64)
-        gram = sums.take("gram", *model.router.gram.shape)
-        targets = sums.take("targets", len(gram), stacked)
+        with _Tensors(folder / "router.safetensors", config, torch.float64) as sums:
+            gram = sums.take("gram", *model.router.gram.shape)
+            targets = sums.take("targets", len(gram), stacked)
         model.router = Router(model.router.expansion.shape[1], model.device, gram, targets)
-        sums.finish()
-    bases = _Tensors(folder / "subspace.safetensors", config)
-    model.gate_memory = [bases.take(f"gate.{i}", d, None).to(model.device) for i, d in enumerate(shape, start=1)]
-    model.layer_memory = {
-        group: tuple(
-            bases.take(f"layer.{group}.{block}", len(empty), None).to(empty.device) for block, empty in enumerate(basis)
-        )
-        for group, basis in model.layer_memory.items()
-    }
-    bases.finish()
+    with _Tensors(folder / "subspace.safetensors", config) as bases:
+        model.gate_memory = [bases.take(f"gate.{i}", d, None).to(model.device) for i, d in enumerate(shape, start=1)]
+        for group, basis in model.layer_memory.items():
+            blocks = [bases.take(f"layer.{group}.{block}", len(u), None).to(u.device) for block, u in enumerate(basis)]
+            model.layer_memory[group] = tuple(blocks)
     if (folder / "rule.safetensors").exists():
-        kept = _Tensors(folder / "rule.safetensors", config)
-        for key in list(kept.left):
-            name, _, what = key.rpartition(":")
-            if name in model.layers:
-                model.layers[name].memory[what] = kept.left.pop(key).to(model.layers[name].A.device)
-        kept.finish()
+        with _Tensors(folder / "rule.safetensors", config) as kept:
+            for key in list(kept.left):
+                name, _, what = key.rpartition(":")
+                if name in model.layers:
+                    model.layers[name].memory[what] = kept.left.pop(key).to(model.layers[name].A.device)
     return model
 
 
@@ -168,21 +157,17 @@ def read_branches(folder: Path) -> tuple[GainLoRAConfig, dict[str, tuple[Tensor,
         GainLoRAError: a file is missing or damaged.
     """
     config = read_config(folder)
-    tensors = _Tensors(folder / BRANCHES, config)
-    layers = dict.fromkeys(name.rpartition(".")[0] for name in tensors.left)
-    found = {
-        name: (
-            tensors.take(f"{name}.lora_A", None, config.rank, None),
-            tensors.take(f"{name}.lora_B", None, None, config.rank),
-        )
-        for name in layers
-    }
-    tensors.finish()
+    found = {}
+    with _Tensors(folder / BRANCHES, config) as tensors:
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors.left):
+            A = tensors.take(f"{name}.lora_A", None, config.rank, None)
+            found[name] = A, tensors.take(f"{name}.lora_B", None, None, config.rank)
     return config, found
 
 
-class _Tensors:
-    """A file's tensors, read one by one: each must exist, with the shape that config and base model require."""
+class _Tensors(AbstractContextManager["_Tensors"]):
+    """A file's tensors, read one by one: each must exist, with the shape that config and base model require, and at the
+    end none may be left."""
 
     def __init__(self, path: Path, config: GainLoRAConfig, dtype: torch.dtype = torch.float32) -> None:
         self.path, self.left, self.dtype = path, _load(path), dtype
@@ -208,10 +193,9 @@ class _Tensors:
             raise GainLoRAError(f"{self.path}: {name} is {found.dtype}, expected {expected}; learn the adapter again.")
         return found
 
-    def finish(self) -> None:
-        """Refuse unknown tensors."""
-        for name in self.left:
-            raise GainLoRAError(f"{self.path}: {name} has no place; the file {self.other}.")
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None and self.left:
+            raise GainLoRAError(f"{self.path}: {next(iter(self.left))} has no place; the file {self.other}.")
 
 
 def read_config(folder: Path) -> GainLoRAConfig:

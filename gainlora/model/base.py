@@ -102,30 +102,40 @@ def auto_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def base_config(source: str, revision: str | None = None) -> Any:
+    """transformers' configuration of a base model.
+
+    Raises:
+        GainLoRAError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with _loading(source, "config.json"):  # by default, trust_remote_code would prompt
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
 def load_base(
     source: str, dtype: torch.dtype, device_map: str | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """The base model (eval mode, frozen) and its tokenizer. It carries `weights_fingerprint` and `setup_digest`.
+    """The base model (eval mode, frozen, placed) and its tokenizer. It carries `weights_fingerprint`, `setup_digest`.
 
     Args:
         source: local folder or hub id.
-        device_map: `auto` spreads its layers over the GPUs; None leaves it on the CPU, see `place`.
+        device_map: `auto` spreads its layers over the GPUs; `cpu`: all on the CPU; None: see `place`.
         revision: commit of a hub id; None: the newest.
 
     Raises:
         GainLoRAError: it cannot be loaded, is neither encoder-decoder nor a causal language model, holds an adapter or
             quantized weights, does not match its tokenizer, or does not fit into the GPUs.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()  # a run has its own bars
     where = f"model.name: {source!r}"
+    config = base_config(source, revision)
     with _loading(source, "config.json"):
-        # by default, trust_remote_code would prompt
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         adapter = find_adapter_config_file(source, revision=revision)
         if adapter is not None:  # transformers would silently add it to the model
             raise GainLoRAError(
@@ -149,10 +159,13 @@ def load_base(
     if loaded["missing_keys"]:  # transformers would initialize them at random
         raise GainLoRAError(f"{where}: its weights lack {min(loaded['missing_keys'])}; get the whole checkpoint.")
     config_file = Path(str(cached_file(source, "config.json", revision=revision)))
-    return prepare_base(model, tokenizer, source, config_file), tokenizer
+    prepare_base(model, tokenizer, source, config_file)
+    if device_map is None:
+        place(model)
+    return model, tokenizer
 
 
-def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | None = None) -> Any:
+def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | None = None) -> None:
     """Check a loaded base model against its tokenizer, freeze it, and let it generate plainly.
 
     Args:
@@ -186,7 +199,7 @@ def prepare_base(model: Any, tokenizer: Any, source: str, config_file: Path | No
     )
     model.weights_fingerprint = weights_fingerprint(model.named_parameters())
     model.setup_digest = config_file and setup_digest(config_file, tokenizer)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
 def _check_vocabulary(where: str, model: Any, tokenizer: Any) -> None:
@@ -210,10 +223,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     Raises:
         GainLoRAError: config.json or the tokenizer cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    with _loading(source, "config.json"):  # without this, transformers prompts interactively
-        AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    base_config(source, revision)  # without this, transformers prompts interactively
     with _loading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 
@@ -231,15 +243,13 @@ def _loading(source: str, part: str) -> Iterator[None]:
         ) from None
 
 
-def place(model: Any, device_map: str | None = None) -> None:
-    """Put the base on this process's device, or with FSDP this process's shard of it; a no-op with a device map.
+def place(model: Any) -> None:
+    """Put the base on this process's device, or with FSDP this process's shard of it.
 
     The base is frozen, so only its weights are sharded: each block of layers is one unit, gathered when it is used.
     Embeddings, last norm and output layer stay whole, since pooling and `generate` use them directly. Branches and
     gates, which are added later, are not sharded.
     """
-    if device_map is not None:
-        return
     device = pick_device()
     if distributed.sharded():
         if not model._no_split_modules:

@@ -1,7 +1,8 @@
 """Covariances of the inputs of a model's layers, gates and router on a task's training examples, in eval mode."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,16 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
     found = {group: Covariance(layer.in_features, blocks, layer.A.device) for group, layer in layers.items()}
     real: dict[str, Tensor] = {}  # per side, the indices of real tokens in a flattened batch
 
-    def observe(group: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if model.integration.off:  # the router reads the prompts
-                return
+    def observe(group: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not model.integration.off:  # the router reads the prompts
             x = args[0].flatten(0, -2)  # (B * S, d)
             found[group].update(x[real[model.inputs[group].side].to(x.device)])  # (tokens, d)
 
-        return hook
-
-    handles = [model.layers[group].register_forward_pre_hook(observe(group)) for group in model.groups]
-    training = model.training
-    model.eval()
-    try:
+    with ExitStack() as ends:
+        for group, layer in layers.items():
+            ends.enter_context(layer.register_forward_pre_hook(partial(observe, group)))
+        ends.callback(model.train, model.training)
+        model.eval()
         for batch in batches:
             target = batch["labels"] != -100
             source = batch["attention_mask"].bool() & target.any(1, keepdim=True)
@@ -53,10 +51,6 @@ def layer_covariances(model: GainLoRAModel, batches: Iterable[Batch]) -> dict[st
             # logits are not needed: one position is the minimum for a decoder-only model
             least = {} if model.encoder_decoder else {"logits_to_keep": 1}
             model(**to_device(batch, model.device), use_cache=False, **least)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
     _add_up(found.values())
     # one at a time, to avoid a second copy of all
     return {group: found.pop(group).matrices(group) for group in model.groups}
@@ -84,8 +78,7 @@ def routing_sums(model: GainLoRAModel, batches: Iterable[Batch]) -> tuple[Tensor
         hidden = model.prompt_features(input_ids, mask)  # (B, d)
         more = model.router.sums(hidden[counted.to(hidden.device)])
         gram, target = gram + more[0], target + more[1]
-    if distributed.count() > 1:
-        distributed.all_reduce_sum([gram, target])
+    distributed.all_reduce_sum([gram, target])
     return gram, target
 
 

@@ -9,6 +9,7 @@
 The checks use the code of training and evaluation: `collate`, `GainLoRAModel.forward` and `.generate`.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -90,18 +91,13 @@ def _problem(model: GainLoRAModel, pad_id: int, attempt: int) -> str:
         found = _centered(scores[row, : 1 if row == 0 else known])
         if not _close(found, logits[row, first : first + len(found)], other):
             return f"generation starts or continues differently from training; {REMEDY}"
-    model.train()
-    try:  # some models take another path, or require more inputs, in training
-        calls: set[str] = set()
-        handles = [
-            layer.register_forward_pre_hook(lambda module, args, name=name: calls.add(name))
-            for name, layer in model.layers.items()
-        ]
+    calls: set[str] = set()
+    with ExitStack() as ends:
+        for name, layer in model.layers.items():
+            ends.enter_context(layer.register_forward_pre_hook(lambda module, args, name=name: calls.add(name)))
+        ends.callback(model.eval)
+        model.train()  # some models take another path, or require more inputs, in training
         model(**batch, use_cache=False)
-    finally:
-        model.eval()
-        for handle in handles:
-            handle.remove()
     if bypassed := sorted(set(model.layers) - calls):
         return f"training bypasses {bypassed[0]}; leave {bypassed[0].rpartition('.')[2]} out of lora.targets"
     return ""

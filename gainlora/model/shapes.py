@@ -8,7 +8,7 @@ shapes are set. A d below is the width of the token embeddings.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, T5Config
 
-from gainlora.errors import GainLoRAError
+from gainlora import rules
 from gainlora.model.gate import widths
 from gainlora.model.layers import features
 from gainlora.model.memory import without_weights
@@ -69,52 +69,16 @@ class Shape:
     encoder_decoder: bool
 
 
-def build(name: str) -> Any:
-    """A model of `MODELS` on the meta device.
-
-    Raises:
-        GainLoRAError: unknown model.
-    """
-    if name not in MODELS:
-        raise GainLoRAError(f"model: the shapes of {name!r} are not known; known are {', '.join(MODELS)}.")
-    return without_weights(MODELS[name](), torch.float32)
-
-
-def adapted(model: Any, targets: Sequence[str] | None = None) -> list[tuple[int, int]]:
-    """(d_in, d_out) of every layer of a transformers model that is adapted.
-
-    Args:
-        model: not yet wrapped in a GainLoRAModel, which replaces these layers.
-        targets: last parts of their names; None: query and value projections, cross-attention's too.
-    """
-    return [features(model.get_submodule(name)) for name in find_targets(model, targets)]
-
-
 @cache
 def shape(model: str | nn.Module) -> Shape:
-    """The shape of a model of `MODELS`, or of a transformers model."""
-    built: Any = build(model) if isinstance(model, str) else model
-    width = built.get_input_embeddings().weight.shape[1]
-    return Shape(width, tuple(adapted(built)), built.config.is_encoder_decoder)
-
-
-def branch_parameters(model: str | nn.Module, rank: int, train_A: bool) -> int:
-    """Trained parameters of one branch: B (d_out, r) and, if it trains, A (r, d_in) in every adapted layer.
+    """The shape of a model.
 
     Args:
-        model: a name of `MODELS`, or a transformers model.
+        model: a name of `MODELS`, or a transformers model that is not yet wrapped in a GainLoRAModel.
     """
-    return sum(rank * (d_out + train_A * d_in) for d_in, d_out in shape(model).layers)
-
-
-def gate_parameters(d: int, hidden: int, depth: int = 2) -> int:
-    """Trained parameters of one gate: its hidden layers, (d_l, d_{l-1}) each, and its key (d,)."""
-    return sum(d_in * d_out for d_in, d_out in itertools.pairwise(widths(d, hidden, depth))) + d
-
-
-def gate_hidden_of(model: str | nn.Module) -> int:
-    """The paper's width of a gate's hidden layers: 100 for T5, 50 for Llama."""
-    return 100 if shape(model).encoder_decoder else 50
+    built: Any = without_weights(MODELS[model](), torch.float32) if isinstance(model, str) else model
+    layers = [features(built.get_submodule(name)) for name in find_targets(built, None)]
+    return Shape(built.get_input_embeddings().weight.shape[1], tuple(layers), built.config.is_encoder_decoder)
 
 
 def trainable_parameters(
@@ -123,19 +87,14 @@ def trainable_parameters(
     """Trained parameters of a task t >= 2: its branch and, with `gainlora-X`, its gate.
 
     Args:
-        model: a name of `MODELS`, or a transformers model.
+        model: as of `shape`.
         method: X, gainlora-X or routed-X, X a branch rule.
-        gate_hidden: None: the paper's.
-
-    Raises:
-        GainLoRAError: unknown model or method.
+        gate_hidden: None: the paper's, 100 for T5, 50 for Llama.
     """
-    from gainlora import rules  # names and flags only
-
-    if method not in rules.methods():
-        raise GainLoRAError(f"method: {method!r} is not known; known are {', '.join(rules.methods())}.")
-    branch = branch_parameters(model, rank, rules.get(method).train_A)
+    found, train_A = shape(model), rules.get(method).train_A
+    branch = sum(rank * (d_out + train_A * d_in) for d_in, d_out in found.layers)
     if not method.startswith(rules.GATED):
         return branch
-    hidden = gate_hidden_of(model) if gate_hidden is None else gate_hidden
-    return branch + gate_parameters(shape(model).width, hidden, gate_depth)
+    hidden = gate_hidden or (100 if found.encoder_decoder else 50)
+    layers = itertools.pairwise(widths(found.width, hidden, gate_depth))
+    return branch + sum(d_in * d_out for d_in, d_out in layers) + found.width

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,26 +71,22 @@ def group_layers_by_input(model: Any, targets: Sequence[str]) -> dict[str, Input
     """
     seen: dict[str, list[Tensor]] = {}
 
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, []).append(args[0])
+    def remember(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(args[0])
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in targets]
     device = model.get_input_embeddings().weight.device
     tokens = torch.arange(3, 3 + SOURCE, device=device).repeat(ROWS, 1)  # two equal rows
+    extra = {"decoder_input_ids": tokens[:, :TARGET]} if model.config.is_encoder_decoder else {}
     try:
-        extra = {"decoder_input_ids": tokens[:, :TARGET]} if model.config.is_encoder_decoder else {}
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **extra)
+        with ExitStack() as hooks:
+            for name in targets:
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(partial(remember, name)))
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **extra)
     except Exception as error:  # any exception
         raise GainLoRAError(
             f"model.name: {type(model).__name__}: a forward pass over {SOURCE} tokens fails ({reason(error)}); choose "
             "another model."
         ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
     sides = {name: _side(name, xs) for name, xs in seen.items()}
     _check_unused(targets, list(seen))
     decoder = set(model.get_decoder().modules()) if model.config.is_encoder_decoder else set()

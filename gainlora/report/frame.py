@@ -110,8 +110,8 @@ class Frame:
 
     @cached_property
     def final(self) -> pd.DataFrame:
-        """MEASURES (columns) of the finished runs, with their group and seed."""
-        finished = self.runs.loc[self.runs["complete"], ["group", "seed"]]
+        """MEASURES (columns) of the finished runs, with their group, seed and run_id."""
+        finished = self.runs.loc[self.runs["complete"], ["group", "seed", "run_id"]]
         results = {run_id: self.records[run_id].result for run_id in finished.index}
         measures = pd.DataFrame({key: {run: result[key] for run, result in results.items()} for key in MEASURES})
         return finished.join(measures.astype(float))
@@ -147,8 +147,8 @@ class Frame:
             both = ours.merge(theirs, left_index=True, right_index=True, suffixes=("", "_equal"))
             if len(both):
                 only = len(ours.index.symmetric_difference(theirs.index))
-                runs = [self._by_seed(group) for group in sides]
-                examples = example_bounds([tuple(side[seed] for side in runs) for seed in both.index])
+                runs = both[["run_id", "run_id_equal"]].itertuples(index=False)
+                examples = example_bounds([tuple(map(self.records.__getitem__, pair)) for pair in runs])
                 gains = both["AP"] - both["AP_equal"]
                 rows.append((pair.order, pair.model, pair.rule, pair.name, only, both, gains, examples))
         return pd.DataFrame(rows, columns=[*SETTING, "rule", "name", "only", "both", "difference", "examples"])
@@ -172,21 +172,18 @@ class Frame:
 
     def at_end(self, group: str, metric: str) -> pd.Series:
         """A value of a group's finished runs after their last step, the mean over tasks, by run."""
+        return self._at_end(group, metric).groupby("run_id")["value"].mean()
+
+    def _at_end(self, group: str, metric: str) -> pd.DataFrame:
+        """The rows of `values` of a metric after the last step of a group's finished runs."""
         runs = self.runs[(self.runs["group"] == group) & self.runs["complete"]]
         rows = self.values[self.values["run_id"].isin(runs.index) & (self.values["metric"] == metric)]
-        return rows[rows["step"] == rows["run_id"].map(runs["tasks"])].groupby("run_id")["value"].mean()
-
-    def _by_seed(self, group: str) -> dict[int, Record]:
-        """The finished runs of a group."""
-        runs = self.runs[(self.runs["group"] == group) & self.runs["complete"]]
-        return {row.seed: self.records[row.Index] for row in runs.itertuples()}
+        return rows[rows["step"] == rows["run_id"].map(runs["tasks"])]
 
     def roles(self, group: str) -> pd.DataFrame:
         """Mean coefficient of each branch (row, from 1) on its own, earlier and later tasks, after the last task."""
-        runs = self.runs[(self.runs["group"] == group) & self.runs["complete"]]
-        tasks = self.records[runs.index[0]].tasks
-        rows = self.values[self.values["run_id"].isin(runs.index) & (self.values["metric"] == "coefficient")]
-        rows = rows[rows["step"] == len(tasks)]
+        rows = self._at_end(group, "coefficient")
+        tasks = self.records[self.groups.at[group, "run_id"]].tasks
         at = rows["task"].map({task: t for t, task in enumerate(tasks, start=1)})
         role = (at - rows["branch"].astype(int)).clip(-1, 1).map({0: "own task", -1: "earlier tasks", 1: "later tasks"})
         table = rows.assign(role=role).pivot_table(index="branch", columns="role", values="value", aggfunc="mean")

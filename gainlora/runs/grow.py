@@ -11,13 +11,12 @@ from typing import Any
 
 from gainlora import io
 from gainlora.config import RunConfig
+from gainlora.data.checks import data_entry, data_notes
 from gainlora.data.formats import Source
-from gainlora.data.own_tasks import take_task
-from gainlora.data.tasks import hold_out
+from gainlora.data.tasks import hold_out, take_task
 from gainlora.errors import GainLoRAError
 from gainlora.model.base import load_tokenizer
 from gainlora.runs import identity, lineage
-from gainlora.runs.data import data_entry, data_notes
 from gainlora.runs.loading import locate_base
 from gainlora.runs.reuse import OWN, link_steps, make_folder
 from gainlora.runs.run import Run
@@ -64,7 +63,7 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
         config = c.with_options(changes)
         entry = data_entry(task, config, "", None, tokenizer)
         data = {**run.recorded, name: entry}
-        ids = identity.step_ids(config, identity.task_data(data), base, run.ids)
+        ids = identity.step_ids(config, data, base, run.ids)
         described = _derived(run, config, [*run.tasks, name], ids)
         described |= {"extends": run.folder.name, **identity.code_version(config.method)}
         now = datetime.now(UTC).isoformat(timespec="seconds")

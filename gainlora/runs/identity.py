@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock
 
@@ -52,21 +52,6 @@ DEFAULTS = (
 """Options that earlier versions lacked, and the values with which nothing differs from these."""
 
 
-class TaskData(NamedTuple):
-    """What a task's data are, for the ids."""
-
-    name: str
-    sha256: str
-    """Of its files."""
-    examples: int
-    """Trained on, within the limits."""
-
-
-def task_data(entries: Mapping[str, Mapping[str, Any]]) -> list[TaskData]:
-    """The tasks of data.json."""
-    return [TaskData(name, entry["sha256"], entry["train"]) for name, entry in entries.items()]
-
-
 def step_names(config: RunConfig, tasks: Sequence[str]) -> list[str]:
     """Names of a run's steps: one a task, or one for all."""
     return [ALL_TASKS] if config.rule.all_at_once else list(tasks)
@@ -82,21 +67,23 @@ def uses_horizon(config: RunConfig) -> bool:
     return config.gated or config.rule.input_memory
 
 
-def step_ids(config: RunConfig, data: Sequence[TaskData], base: str, known: Sequence[str] = ()) -> list[str]:
+def step_ids(
+    config: RunConfig, data: Mapping[str, Mapping[str, Any]], base: str, known: Sequence[str] = ()
+) -> list[str]:
     """Ids of a run's steps, in order.
 
     Args:
-        data: of each task.
+        data: task -> its entry in data.json, of which `sha256` and `train`, the number of examples, count.
         base: `base_fingerprint` of the base model.
         known: ids of the first steps, if already known.
     """
     ids = list(known)
-    steps = [list(data)] if config.rule.all_at_once else [[task] for task in data]
-    options = number_options(config, len(data))
-    names, version_of = step_names(config, [task.name for task in data]), learning_version(config.method)
-    for name, step in list(zip(names, steps, strict=True))[len(ids) :]:
-        epochs = config.epochs(name, sum(task.examples for task in step))
-        content = [ids[-1] if ids else "", [task[:2] for task in step], options, epochs, base, version_of]
+    options, version_of = number_options(config, len(data)), learning_version(config.method)
+    for name in step_names(config, list(data))[len(ids) :]:
+        step = data if config.rule.all_at_once else {name: data[name]}
+        epochs = config.epochs(name, sum(entry["train"] for entry in step.values()))
+        digests = [(task, entry["sha256"]) for task, entry in step.items()]
+        content = [ids[-1] if ids else "", digests, options, epochs, base, version_of]
         ids.append(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
     return ids
 
@@ -152,14 +139,9 @@ def dtype_name(config: RunConfig) -> str:
     return str(pick_dtype(config.model.dtype, pick_device())).removeprefix("torch.")
 
 
-def machine() -> dict[str, Any]:
-    """This machine's device and package versions, as in config.json."""
-    return {"device": device_name(), "versions": {name: version(name) for name in PACKAGES}}
-
-
 def environment(method: str) -> dict[str, Any]:
-    """`machine` and the present code's version."""
-    return {**machine(), **code_version(method)}
+    """This machine's device and package versions, and the present code's version, as in config.json."""
+    return {"device": device_name(), "versions": {name: version(name) for name in PACKAGES}, **code_version(method)}
 
 
 def code_version(method: str) -> dict[str, str]:
@@ -167,9 +149,9 @@ def code_version(method: str) -> dict[str, str]:
     return {"learning_version": learning_version(method), "code": code_digest()}
 
 
-def environment_changes(then: dict[str, Any]) -> list[str]:
-    """Differences of device and packages from those in config.json, which may change rounding."""
-    now, before = machine(), then.get("versions", {})
+def environment_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of device and packages between two environments, which may change rounding."""
+    before = then.get("versions", {})
     pairs = {"device": (then.get("device"), now["device"])}
     pairs |= {name: (before.get(name), found) for name, found in now["versions"].items() if name != "gainlora"}
     return [f"{name} {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]
@@ -186,7 +168,7 @@ def base_fingerprint(location: str, root: Path) -> str:
     """
     folder = Path(location)
     if not folder.is_dir():
-        return _hub_commit(location)
+        return hub_commit(location)
     store = root / ".cache" / "fingerprints.json"
     files = {path for pattern in BASE_FILES for path in folder.resolve().glob(pattern) if path.name not in NOT_BASE}
     hashes = []
@@ -211,7 +193,12 @@ def revision(location: str, fingerprint: str) -> str | None:
     return None if Path(location).is_dir() else fingerprint
 
 
-def _hub_commit(hub_id: str) -> str:
+def hub_commit(hub_id: str) -> str:
+    """The newest commit of a model on the hub.
+
+    Raises:
+        GainLoRAError: it cannot be reached.
+    """
     from huggingface_hub import hf_hub_download
 
     try:

@@ -12,7 +12,7 @@ from gainlora import distributed, io
 from gainlora.data.sources import resolve_model
 from gainlora.errors import GainLoRAError, reason
 from gainlora.model import memory
-from gainlora.model.base import load_base, place
+from gainlora.model.base import base_config, load_base
 from gainlora.runs import identity
 from gainlora.training.learner import ContinualLearner
 
@@ -33,27 +33,23 @@ def load_learner(run: Run, k: int) -> ContinualLearner:
     location, c = locate_base(run), run.config
     revision = identity.revision(location, run.described["base"])
     base, tokenizer = load_base(location, getattr(torch, run.described["dtype"]), c.model.device_map, revision)
-    place(base, c.model.device_map)
-    cache = run.root / ".cache" / "tokenized"
-    if k == 0:
-        return ContinualLearner((base, tokenizer), c, horizon=run.horizon, cache=cache)
-    folder = run.task_folder(k)
-    if folder.is_dir():
+    folder = None
+    if 1 <= k <= run.finished:
+        folder = run.task_folder(k)
         io.verify_checksums(folder)
-    else:
+    elif k:
         folder = run.partial_folder(k)
+    cache = run.root / ".cache" / "tokenized"
     return ContinualLearner((base, tokenizer), c, adapter=folder, horizon=run.horizon, cache=cache)
 
 
 def memory_note(run: Run) -> list[str]:
     """One line on the memory that the run's last task needs, if the base is large and tasks are left to learn."""
-    from transformers import AutoConfig
-
     if run.finished == len(run.steps):
         return []
     try:
-        base = AutoConfig.from_pretrained(resolve_model(run.config.model.location, run.root), trust_remote_code=False)
-    except (OSError, ValueError):  # refused in words when it is loaded
+        base = base_config(resolve_model(run.config.model.location, run.root))
+    except GainLoRAError:  # refused when it is loaded
         return []
     if base.get_text_config().hidden_size < WIDE:
         return []
@@ -80,14 +76,15 @@ def _check_environment(run: Run) -> None:
     """Refuse code that learns different numbers; note a changed device or packages once."""
     if run.finished == len(run.steps):
         return
-    if run.described["learning_version"] != identity.code_version(run.config.method)["learning_version"]:
+    now = identity.environment(run.config.method)
+    if run.described["learning_version"] != now["learning_version"]:
         raise GainLoRAError(
             f"{run.folder}: was begun with another learning version, so this code would learn other numbers; run the "
             "order again for a new run, or finish it with that version."
         )
     resumed = run.described.get("resumed", [])
-    changes = identity.environment_changes(resumed[-1] if resumed else run.described)
+    changes = identity.environment_changes(resumed[-1] if resumed else run.described, now)
     if changes and not distributed.index():
         after = {"after": run.finished, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        run.describe(resumed=[*resumed, {**after, **identity.environment(run.config.method)}])
+        run.describe(resumed=[*resumed, {**after, **now}])
         run.notices.append(f"resumed where numbers may differ by rounding: {', '.join(changes)}")

@@ -1,4 +1,4 @@
-"""Records of runs: the one reader of a run folder's JSON files and of the result files made from them.
+"""Records of runs: the one reader of a run folder's JSON files; result files, small ones for version control.
 
     results/<order>/<method>-<model>-<seed>.json            with a label: <method>+<label>-<model>-<seed>.json
 
@@ -16,9 +16,11 @@ and no model: of the learned state it reads only tensor shapes, from safetensors
 """
 
 import contextlib
-import hashlib
 import itertools
+import json
 import math
+import re
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from gainlora.config import complete
 from gainlora.errors import GainLoRAError, printable
-from gainlora.io import read_bytes, read_json, read_lines
+from gainlora.io import mending, read_json, read_lines, verify_checksums, write_text
 from gainlora.training.metrics import summary
 
 Matrix = list[list[float | None]]
@@ -123,11 +125,17 @@ class Record:
         """Whether every step is finished."""
         return len(self.steps) == len(self.config["steps"])
 
-    def check_finished(self) -> None:
-        """Refuse an unfinished run (GainLoRAError)."""
-        if not self.complete:
-            done = f"{len(self.steps)} of {len(self.config['steps'])} tasks are learned"
-            raise GainLoRAError(f"{self.folder or self.run_id}: {done}; run the same command again to finish it.")
+    def check_finished(self, state: int | None = None) -> None:
+        """Refuse an unfinished run, or an earlier state of a finished one (GainLoRAError).
+
+        Args:
+            state: number of steps learned in the state that is used; None: the last one.
+        """
+        total = len(self.config["steps"])
+        done = min(len(self.steps), total if state is None else state)
+        if done < total:
+            remedy = "run the same command again to finish it, or name a finished run"
+            raise GainLoRAError(f"{self.folder or self.run_id}: {done} of {total} tasks are learned; {remedy}.")
 
     @property
     def at_once(self) -> bool:
@@ -203,12 +211,12 @@ def read_run(folder: Path) -> Record:
     Raises:
         GainLoRAError: not a run folder, or a file is damaged or differs from its checksum.
     """
-    config = _read_object(folder / "config.json")
-    with _complete(folder, "damaged", "delete it and run again"):
+    config = read_json(folder / "config.json")
+    with complete_or_refused(folder, "damaged", "delete it and run again"):
         config.setdefault("steps", list(config["tasks"]))  # folders of version 0.1.0 do not name them
         folders = [folder / f"task_{index:02d}_{name}" for index, name in enumerate(config["steps"], start=1)]
         steps = [read_step(path) for path in itertools.takewhile(Path.is_dir, folders)]
-        return checked(Record(config, _read_object(folder / "data.json"), steps, folder=folder))
+        return checked(Record(config, read_json(folder / "data.json"), steps, folder=folder))
 
 
 def read_step(folder: Path) -> Step:
@@ -217,26 +225,20 @@ def read_step(folder: Path) -> Step:
     Raises:
         GainLoRAError: a file is missing, damaged, or differs from its checksum.
     """
-    sums = _read_object(folder / "checksums.json")
-    files: dict[str, Any] = {name: _read_object(folder / f"{name}.json", sums) for name in ("scores", "subspace")}
-    gated = "coefficients.json" in sums
-    files["coefficients"] = _read_object(folder / "coefficients.json", sums) if gated else {}
+    kinds, curve = ("scores", "subspace", "coefficients"), "validation.jsonl"
+    sums = verify_checksums(folder, *(f"{kind}.json" for kind in kinds), curve)
+    files: dict[str, Any] = {k: read_json(folder / f"{k}.json") if f"{k}.json" in sums else {} for k in kinds}
     paths = {kind: folder / f"{name}.safetensors" for kind, name in STATE.items()}
-    if "validation.jsonl" in sums:
-        files["validation_curve"] = train_records(folder, "validation.jsonl")
+    if curve in sums:
+        files["validation_curve"] = read_lines(folder / curve)
     files["stored"] = {kind: _parameters(path) for kind, path in paths.items() if path.exists()}
     return replace(step_of(files), folder=folder)
 
 
-def train_records(folder: Path, name: str = "train.jsonl") -> list[dict[str, float]]:
-    """The curve of a finished task: an object per optimizer step (loss, learning_rate, seconds) or per validation.
-
-    Args:
-        folder: the task's folder. name: train.jsonl or validation.jsonl.
-    """
-    path = folder / name
-    _verified(path, _read_object(folder / "checksums.json"))
-    return read_lines(path)
+def train_records(folder: Path) -> list[dict[str, float]]:
+    """train.jsonl of a finished task's folder: an object per optimizer step (loss, learning_rate, seconds)."""
+    verify_checksums(folder, "train.jsonl")
+    return read_lines(folder / "train.jsonl")
 
 
 def checked(record: Record) -> Record:
@@ -280,6 +282,26 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def falls(before: Path, after: Path) -> dict[str, tuple[float, float]]:
+    """The tasks whose score fell from one step to the next by more than chance: task -> both scores.
+
+    The 95 % interval of the mean difference, paired by test example, lies below 0.
+
+    Args:
+        before, after: folders of finished steps.
+    """
+    found = {}
+    for file in sorted((before / "predictions").glob("*.jsonl")):
+        both = (file, after / "predictions" / file.name)
+        old, new = ([line["score"] for line in read_lines(lines)] for lines in both)
+        changes = [n - o for o, n in zip(old, new, strict=True)]
+        if len(changes) > 1:
+            error = statistics.stdev(changes) / math.sqrt(len(changes))
+            if statistics.fmean(changes) + 1.96 * error < 0:
+                found[file.stem] = (statistics.fmean(old), statistics.fmean(new))
+    return found
+
+
 # ---- result files -------------------------------------------------------------------------------
 
 
@@ -289,8 +311,8 @@ def read_result_file(path: Path) -> Record:
     Raises:
         GainLoRAError: no such file, not a result file, or its R, AP, FT and BWT contradict its scores.
     """
-    content = _read_object(path)
-    with _complete(path, "not a result file", "write it anew with `gainlora results RUN`"):
+    content = read_json(path)
+    with complete_or_refused(path, "not a result file", "write it anew with `gainlora results RUN`"):
         steps = []
         for step in content["steps"]:
             files = {kind: step[kind] for kind in FILES if kind in step}
@@ -302,16 +324,107 @@ def read_result_file(path: Path) -> Record:
         return record
 
 
+def write_result_file(record: Record, path: Path) -> None:
+    """Write a finished run's result file, atomically.
+
+    Raises:
+        GainLoRAError: the run is not finished.
+    """
+    record.check_finished()
+    described = {key: value for key, value in record.config.items() if key != "steps"}
+    steps = []
+    for step in record.steps:
+        files = {kind: step.files[kind] for kind in FILES if kind in step.files}
+        if examples := record.example_scores(step):
+            files["examples"] = {task: [_short(score) for score in scores] for task, scores in examples.items()}
+        steps.append({**rounded(step.files["scores"]), **files})
+    content = {**record.result, "label": record.label, **described, "data": record.data, "steps": steps}
+    write_text(path, _readable(content) + "\n")
+
+
+def export(record: Record, out: Path, label: str = "") -> Path:
+    """Write a run's result file to its place under `out`; never replaces the file of another run.
+
+    Args:
+        record: finished.
+        label: distinguishes it from runs of the plain method, e.g. no-update; part of the name.
+
+    Returns:
+        The file.
+
+    Raises:
+        GainLoRAError: the run is unfinished, the label cannot be part of a file's name, or the file holds another run.
+    """
+    record = replace(record, label=label or record.label)
+    config = record.config
+    path = result_path(out, config["order"], config["method"], record.label, record.model, config["seed"])
+    if is_there(path, config["config"]) and (other := read_result_file(path).run_id) != record.run_id:
+        raise GainLoRAError(
+            f"{path}: holds another run with the same options ({other}); move it away, or give this one a name of its "
+            "own with a label (--label)."
+        )
+    write_result_file(record, path)
+    return path
+
+
+def is_there(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a result file of this configuration exists.
+
+    Raises:
+        GainLoRAError: the file belongs to a run with other options, or is not a result file.
+    """
+    if not path.exists():
+        return False
+    old, new = read_result_file(path).options, flat_options(json.loads(json.dumps(config)))
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            raise GainLoRAError(
+                f"{path}: holds a run with other options ({name}: {old.get(name)} there, {new.get(name)} here); "
+                "give this one a name of its own with a label (--label), e.g. no-update."
+            )
+    return True
+
+
+def result_path(out: Path, order: str, method: str, label: str, model: str, seed: int) -> Path:
+    """Where a run's result file belongs under `out`.
+
+    Raises:
+        GainLoRAError: the label cannot be part of a file's name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.=-]*", label):
+        raise GainLoRAError(f"--label: {label!r} becomes part of a file's name; use letters, digits, _ - . and =.")
+    named = "+".join(filter(None, (method, label)))
+    return out / order / f"{named}-{Path(model).name}-{seed}.json"
+
+
+def _short(score: float) -> float:
+    """A score with few digits: 100 for 100.0."""
+    return int(score) if score == int(score) else round(score, 2)
+
+
+def _readable(value: Any, indent: str = "") -> str:
+    """JSON with each list or object of plain values on one line: a row of R, a branch's coefficients."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)) or not any(isinstance(item, (dict, list)) for item in inner):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + "  "
+    opening, closing, names = "[", "]", [""] * len(inner)
+    if isinstance(value, dict):
+        opening, closing, names = "{", "}", [f"{json.dumps(key, ensure_ascii=False)}: " for key in value]
+    lines = [f"{deeper}{name}{_readable(item, deeper)}" for name, item in zip(names, inner, strict=True)]
+    return f"{opening}\n" + ",\n".join(lines) + f"\n{indent}{closing}"
+
+
 # ---- parts --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _complete(path: Path, problem: str, remedy: str) -> Iterator[None]:
+def complete_or_refused(what: object, problem: str, remedy: str) -> Iterator[None]:
     """Turn a missing or mistyped value into one error that names the file and the remedy."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise GainLoRAError(f"{path}: {problem} ({error} is missing or wrong); {remedy}.") from None
+        raise GainLoRAError(f"{what}: {problem} ({error} is missing or wrong); {remedy}.") from None
 
 
 def step_of(files: dict[str, Any]) -> Step:
@@ -339,33 +452,13 @@ def step_of(files: dict[str, Any]) -> Step:
     return Step(scores["index"], scores["task"], values, files.get("validation_curve", []), files)
 
 
-def _read_object(path: Path, sums: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; with `sums`, checksums.json of its folder, verified first."""
-    if sums is not None:
-        _verified(path, sums)
-    absent = "name a folder that `gainlora run` wrote under runs/"
-    return read_json(path, absent=absent, damaged=_repair(path.parent))
-
-
-def _verified(path: Path, sums: Mapping[str, str]) -> bytes:
-    remedy = _repair(path.parent)
-    content = read_bytes(path, remedy, remedy)
-    if hashlib.sha256(content).hexdigest() != sums.get(path.name):
-        raise GainLoRAError(f"{path}: changed since it was written (another SHA-256); {remedy}.")
-    return content
-
-
-def _repair(folder: Path) -> str:
-    return f"`gainlora repair {folder.parent}` drops back to the last good task"
-
-
 def _parameters(path: Path) -> int:
     """Number of values in a safetensors file, from the shapes in its header."""
     try:
         with safe_open(path, "numpy") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except SafetensorError:
-        raise GainLoRAError(f"{path}: damaged; {_repair(path.parent)}.") from None
+        raise GainLoRAError(f"{path}: damaged; {mending(path.parent)}.") from None
 
 
 def _close(stated: Any, computed: Any) -> bool:

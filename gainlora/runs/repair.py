@@ -1,8 +1,8 @@
 """Repairs a damaged run: restores damaged steps from other runs that share them, else drops to the last good step."""
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from gainlora.errors import GainLoRAError
 from gainlora.io import is_whole, link_folder, lock, read_json, remove
@@ -11,15 +11,14 @@ from gainlora.sections import is_name
 DAMAGED = "restore it from a copy, or remove the folder and run the order again"
 
 
-@dataclass
-class Repaired:
+class Repaired(NamedTuple):
     """Outcome of `repair`; names of step folders."""
 
-    kept: int = 0
+    kept: int
     """Number of good steps now."""
-    dropped: list[str] = field(default_factory=list)
+    dropped: list[str]
     """Removed steps, to be learned again."""
-    mended: list[str] = field(default_factory=list)
+    mended: list[str]
     """Steps replaced by another run's copy."""
 
 
@@ -41,11 +40,11 @@ def repair(folder: Path, from_task: int | None = None) -> Repaired:
         folders = [folder / f"task_{t:02d}_{name}" for t, name in enumerate(steps, start=1)]
         partial = {path: path.with_name(f".{path.name}.partial") for path in folders}
         there = [path for path in folders if path.is_dir() or partial[path].is_dir()]
-        done = Repaired()
+        mended: list[Path] = []
         if from_task is None:
             damaged = [path for path in folders if path.is_dir() and not is_whole(path)]
-            done.mended = [path.name for path in damaged if _mend(path, described)]
-            left = [t for t, path in enumerate(folders, start=1) if path in damaged and path.name not in done.mended]
+            mended = [path for path in damaged if _mend(path, described)]
+            left = [t for t, path in enumerate(folders, start=1) if path in damaged and path not in mended]
             from_task = min(left, default=len(folders) + 1)
         elif not 1 <= from_task <= len(there):
             known = f"1 to {len(there)}" if there else "none"
@@ -56,8 +55,8 @@ def repair(folder: Path, from_task: int | None = None) -> Repaired:
         for path in reversed(gone):  # newest first: if killed here, the rest is a valid run of fewer tasks
             shutil.rmtree(partial[path], ignore_errors=True)
             remove(path)
-        done.kept, done.dropped = sum(path.is_dir() for path in folders), [path.name for path in gone]
-        return done
+        kept = sum(path.is_dir() for path in folders)
+        return Repaired(kept, [path.name for path in gone], [path.name for path in mended])
 
 
 def _mend(path: Path, described: dict[str, object]) -> bool:

@@ -88,7 +88,7 @@ def _note_horizon(run: Run, described: dict[str, Any]) -> None:
         return
     other = identity.horizon(RunConfig.from_stored(described["config"]), len(described["tasks"]))
     config = run.config.with_options({"subspace.horizon": other})
-    ids = identity.step_ids(config, identity.task_data(run.recorded), run.described["base"])
+    ids = identity.step_ids(config, run.recorded, run.described["base"])
     if common := identity.common_steps(ids, described["ids"]):
         run.notices.append(
             f"runs/{described['run_id']} has learned the first {common} of these tasks with H = {other}, and this "

@@ -14,33 +14,36 @@ stopped run resumes when it is started again. Several processes (`gainlora.launc
 first one locks the run and writes.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
 from gainlora import distributed, io
 from gainlora.config import RunConfig
+from gainlora.data.checks import data_entry, data_notes
 from gainlora.data.sources import dvc_hash, resolve_model
-from gainlora.data.tasks import Task, limited, load_order
+from gainlora.data.tasks import KEPT, Task, as_file, judged, kept_for_replay, limited, load_order, read_kept_test
 from gainlora.errors import GainLoRAError
 from gainlora.launch import launch
 from gainlora.model.base import load_tokenizer
 from gainlora.runs import identity, lineage
-from gainlora.runs.data import data_entry, data_notes, kept_tasks, read_data
 from gainlora.runs.loading import load_learner, memory_note
-from gainlora.runs.records import read_run, read_step
+from gainlora.runs.records import falls, read_run, read_step
 from gainlora.runs.reuse import OWN, link_steps, make_folder
-from gainlora.runs.scores import BEFORE, LEARNED, TIMINGS, falls, write_scores
 from gainlora.sections import LaunchConfig
 from gainlora.training.callbacks import Callback, Callbacks
 from gainlora.training.checkpoint import PROGRESS, Checkpoints, latest
+from gainlora.training.evaluate import Prediction, coefficient_summary
 from gainlora.training.learner import ContinualLearner
 from gainlora.training.steps import basis_sizes
 
+TIMINGS, LEARNED, BEFORE = "timings.json", "learned.json", "before.json"
+"""Files of a step that is being learned, later part of its scores.json."""
 ALONE = LaunchConfig()
 """One process."""
 Call = Callable[..., Any]
@@ -52,7 +55,7 @@ def call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-class Run:
+class Run(AbstractContextManager["Run"]):
     """A run folder, locked by this process until `close`; a context manager. Use `create` or `open`."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -108,7 +111,7 @@ class Run:
         tasks, skipped = load_order(config.order, everything, root, repeats and repeats / OWN)
         used = [limited(task, config.data) for task in tasks]
         names, base = [task.name for task in tasks], identity.base_fingerprint(location, root)
-        ids = identity.step_ids(config, [identity.TaskData(t.name, t.sha256, len(t.train)) for t in used], base)
+        ids = identity.step_ids(config, {t.name: {"sha256": t.sha256, "train": len(t.train)} for t in used}, base)
         described = identity.describe(config, names, skipped, ids, base)
         if repeats:
             described["run_id"] = described["lineage"] = f"{repeats.name}{lineage.RERUN}"
@@ -122,7 +125,7 @@ class Run:
                 data[task.name] = data_entry(task, config, path, dvc_hash(Path(path), root), tokenizer)
         run = cls(make_folder(root, described, data, [repeats / OWN] if repeats else []))
         try:
-            run.data = {task.name: task for task in used}
+            run.data = {task.name: judged(task, run.recorded[task.name]) for task in used}
             if skipped:
                 left_out = f"{len(skipped)} of {len(config.order.tasks)} tasks left out, as their files are missing"
                 run.notices.append(f"{left_out}: {', '.join(skipped)}")
@@ -159,9 +162,6 @@ class Run:
         run = cls(folder, str(name) if folder.name != str(name) and lineage.exists(str(name), root) else None)
         run.already_shortened = folder.name in forgotten.values()
         return run
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -204,6 +204,13 @@ class Run:
         """Number of finished steps."""
         T = len(self.steps)
         return distributed.on_main(lambda: next((t for t in range(T) if not self.task_folder(t + 1).is_dir()), T))
+
+    @property
+    def planned_steps(self) -> list[int]:
+        """Optimizer steps of each step of the run (early stopping may end one before)."""
+        trained = [sum(self.recorded[task]["train"] for task in self.learned_at(t + 1)) for t in range(len(self.steps))]
+        size, epochs = self.config.train.batch_size, self.config.epochs
+        return [math.ceil(count / size) * epochs(name, count) for name, count in zip(self.steps, trained, strict=True)]
 
     def task_folder(self, t: int) -> Path:
         """Folder of finished step t (1-based)."""
@@ -251,7 +258,7 @@ class Run:
         return result
 
     def falls(self, t: int) -> dict[str, tuple[float, float]]:
-        """Tasks that finished step t made worse, with their scores before and after (`gainlora.runs.scores.falls`)."""
+        """Tasks that finished step t made worse, with their scores before and after (`gainlora.runs.records.falls`)."""
         return distributed.on_main(lambda: falls(self.task_folder(t - 1), self.task_folder(t))) if t > 1 else {}
 
     # -- the phases of step t (1-based), in this order; each returns at once if its work is done --------------
@@ -263,7 +270,7 @@ class Run:
         learner, partial = self._learner_after(t - 1), self.partial_folder(t)
         distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))  # of an interrupted update
         tasks, started = self._tasks(t), time.perf_counter()
-        scores = learner.scores_before(tasks, self.keep_punctuation)
+        scores = learner.scores_before(tasks)
         took = time.perf_counter() - started
         with self._timed(t, "prepare"):
             learner.begin_task(self.steps[t - 1], tasks)
@@ -283,9 +290,9 @@ class Run:
         learner, tasks = self._learner, self._tasks(t)
         assert learner is not None
         with self._timed(t, "train", before):
-            old = kept_tasks(self, t - 1) if self.config.data.replay else []
+            old = self._kept_tasks(t - 1) if self.config.data.replay else []
             given = (Checkpoints(partial, self.config.train.checkpoint_every), self.callbacks, old)
-            records = learner.train_task(self.steps[t - 1], tasks, self.keep_punctuation, *given)
+            records = learner.train_task(self.steps[t - 1], tasks, *given)
             distributed.on_main(lambda: io.write_lines(partial / "train.jsonl", records))
             if learner.validation and learner.validation.records:
                 curve = learner.validation.records
@@ -319,12 +326,12 @@ class Run:
         if distributed.on_main(file.is_file):
             return distributed.on_main(lambda: io.read_json(file))
         self.update(t)
-        with self._timed(t, "evaluate"):
-            learner = self._learner_after(t)
-            predictions = learner.predictions(map(self.data.__getitem__, self.seen(t)), self.keep_punctuation)
-        with self._timed(t, "base"):
-            base, general = learner.base_scores(self._tasks(t), self.keep_punctuation), learner.general_ability()
-        return distributed.on_main(lambda: write_scores(self, t, predictions, base, general))
+        learner, steps = self._learner_after(t), [self.task_folder(k) for k in range(1, t)]
+        earlier = distributed.on_main(lambda: [read_step(step).files["scores"] for step in steps])
+        before = distributed.on_main(lambda: io.read_json(self.partial_folder(t) / BEFORE))
+        seen = [self.data[name] for name in self.seen(t)]
+        row, answers = learner.scored(seen, self._tasks(t), before, earlier, lambda phase: self._timed(t, phase))
+        return distributed.on_main(lambda: self._write_scores(t, row, answers))
 
     def seal(self, t: int) -> Path:
         """Write task t's checksums, then rename its folder. Returns the folder."""
@@ -340,16 +347,14 @@ class Run:
         Raises:
             GainLoRAError: tasks remain to be learned.
         """
-        done, total = self.finished, len(self.steps)
-        if done < total:
-            raise GainLoRAError(f"{self.folder}: {done} of {total} tasks are learned; run the order again.")
 
         def write() -> dict[str, Any]:
-            result = read_run(self.folder).result
-            io.write_json(self.folder / "result.json", result)
+            record = read_run(self.folder)
+            record.check_finished()
+            io.write_json(self.folder / "result.json", record.result)
             if self.described.get("extends") == lineage.head(self.lineage, self.root):
                 lineage.move(self.lineage, self.folder.name, self.root)
-            return result
+            return record.result
 
         return distributed.on_main(write)
 
@@ -357,17 +362,52 @@ class Run:
 
     @cached_property
     def data(self) -> dict[str, Task]:
-        """The tasks: training examples of those to be learned, test examples of all."""
-        return read_data(self)
+        """The tasks: training examples of those to be learned, from their files; test examples of all, of finished
+        tasks from the run's folders.
+
+        Raises:
+            GainLoRAError: files are missing, damaged, or changed since the run began.
+        """
+        order, found = self.config.order, {task.name: task for task in self._kept_tasks(self.finished)}
+        rest = order.model_copy(update={"tasks": tuple(name for name in self.tasks if name not in found)})
+        data = self.config.data.model_copy(update={"skip_incomplete": False})  # `rest` holds no skipped tasks
+        for task in load_order(rest, data, self.root, self.folder / OWN)[0] if rest.tasks else []:
+            entry = self.recorded[task.name]
+            if task.sha256 != entry["sha256"]:
+                raise GainLoRAError(
+                    f"{entry['path']}: changed since this run began; start the order again for a new run."
+                )
+            found[task.name] = judged(task, entry)
+        return found
+
+    def _kept_tasks(self, finished: int) -> list[Task]:
+        """The tasks of the first finished steps, as their folders keep them."""
+        template, metric = self.config.order.template, self.config.order.metric
+        return [
+            read_kept_test(self.task_folder(t) / KEPT / f"{name}.json", template, metric, self.recorded[name])
+            for t in range(1, finished + 1)
+            for name in self.learned_at(t)
+        ]
+
+    def _write_scores(self, t: int, row: dict[str, Any], answers: dict[str, list[Prediction]]) -> dict[str, Any]:
+        """Write the files of step t's evaluation; the content of scores.json."""
+        folder = self.partial_folder(t)
+        for name, given in answers.items():
+            lines = [{"input": e.input, **vars(p)} for e, p in zip(self.data[name].test, given, strict=True)]
+            io.write_lines(folder / "predictions" / f"{name}.jsonl", lines)
+        for task in self._tasks(t):
+            kept = as_file(task, task.test, kept_for_replay(task, self.config.data.replay))
+            io.write_json(folder / KEPT / f"{task.name}.json", kept)
+        row = {**row, **io.read_json(folder / LEARNED), "seconds": io.read_json(folder / TIMINGS)}
+        if self.config.integration in ("gated", "routed"):
+            coefficients = {name: coefficient_summary(given) for name, given in answers.items()}
+            io.write_json(folder / "coefficients.json", coefficients)
+        io.write_json(folder / "scores.json", row)
+        return row
 
     def _tasks(self, t: int) -> list[Task]:
         """The tasks that step t learns."""
         return [self.data[name] for name in self.learned_at(t)]
-
-    @property
-    def keep_punctuation(self) -> dict[str, bool]:
-        """How to compare each task's answers, as decided when the run began; by default as the benchmark does."""
-        return {name: entry.get("keep_punctuation", False) for name, entry in self.recorded.items()}
 
     def _learned(self, t: int) -> bool:
         """Whether the state after task t is on disk, evaluated or not."""

@@ -69,7 +69,7 @@ def start(folder: Path, tracking: TrackingConfig, root: Path = Path(".")) -> str
         client.update_run(run_id, status="RUNNING")
         # a run that learned a task since keeps its first params: MLflow lets none change
         params = {k: v for k, v in flatten(run.config["config"]).items() if k not in parent.data.params}
-        log(client, run_id, params=params, tags=_tags(run))  # two at once would collide
+        _describe(client, run_id, params, _tags(run))  # two at once would collide
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in run.data.items()])
     for name in ("config.json", "data.json"):
         client.log_artifact(run_id, str(folder / name))
@@ -84,13 +84,8 @@ def begin_task(folder: Path, step: str, parent: str, tracking: TrackingConfig, r
         step: name of the task's folder in it.
         parent: what `start` returned.
     """
-    key = f"{folder.name}/{step}"
     with store(tracking, root) as (client, experiment):
-        child = _find(client, experiment, key)
-        if child is not None and DONE in child.data.tags:  # learned before, then dropped
-            _delete(client, child)
-            child = None
-        child = child or _create(client, experiment, key, run_name=step, tags={PARENT: parent})
+        child = _child(client, experiment, f"{folder.name}/{step}", parent)
         client.update_run(child.info.run_id, status="RUNNING")
         return client, str(child.info.run_id)
 
@@ -118,28 +113,23 @@ def record_task(
     digest = _digest(json.dumps(read_json(sums), sort_keys=True))
     ended = int(sums.stat().st_mtime * 1000)  # the folder's own time: the same whenever it is logged
     started = ended - int(1000 * (step.total("seconds") or 0))
-    key = f"{folder.name}/{task_folder.name}"
     with store(tracking, root) as (client, experiment):
-        child = _find(client, experiment, key)
-        if child is not None and DONE in child.data.tags:
-            if child.data.tags[DONE] == digest:
-                if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
-                    log(client, parent_run_id, metrics=_outcome(run, step, ended))
-                    client.set_tag(child.info.run_id, PARENT, parent_run_id)
-                return str(child.info.run_id)
-            _delete(client, child)  # the task was learned again, with another outcome
-            child = None
-        tags = {PARENT: parent_run_id}
-        child = child or _create(client, experiment, key, tags, run_name=task_folder.name, start_time=started)
+        key = f"{folder.name}/{task_folder.name}"
+        child = _child(client, experiment, key, parent_run_id, digest, start_time=started)
     run_id: str = child.info.run_id
+    outcome = _outcome(run, step, ended)
+    if DONE in child.data.tags:
+        if child.data.tags[PARENT] != parent_run_id:  # the parent was made anew
+            client.log_batch(parent_run_id, outcome)
+            client.set_tag(run_id, PARENT, parent_run_id)
+        return run_id
     data = run.data if run.at_once else {step.task: run.data[step.task]}
     counts = {key: sum(entry[key] for entry in data.values()) for key in ("train", "test")}
-    log(client, run_id, params={"task": step.task, "index": step.index, **counts}, tags=_tags(run))
+    _describe(client, run_id, {"task": step.task, "index": step.index, **counts}, _tags(run))
     client.log_inputs(run_id, datasets=[_dataset(name, entry) for name, entry in data.items()])
-    outcome = _outcome(run, step, ended)
-    log(client, run_id, metrics=_missing_points(client, run_id, task_folder, step, started))
-    log(client, run_id, metrics=_of_model(client, experiment, child, run, step, outcome))
-    log(client, parent_run_id, metrics=outcome)
+    client.log_batch(run_id, _missing_points(client, run_id, task_folder, step, started))
+    client.log_batch(run_id, _of_model(client, experiment, child, run, step, outcome))
+    client.log_batch(parent_run_id, outcome)
     _artifacts(client, run_id, task_folder)
     client.set_terminated(run_id, "FINISHED", end_time=ended)
     client.set_tag(run_id, DONE, digest)  # last: it states that all of this is done
@@ -225,20 +215,21 @@ def _create(client: MlflowClient, experiment: str, key: str, tags: dict[str, str
     return _find(client, experiment, key) or made
 
 
-def log(
-    client: MlflowClient,
-    run_id: str,
-    metrics: list[Metric] | None = None,
-    params: dict[str, Any] | None = None,
-    tags: dict[str, Any] | None = None,
-) -> None:
-    """One request per 1000 metrics or 100 params and tags, MLflow's limits."""
-    settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in (params or {}).items()]
-    labels = [RunTag(key, str(value)) for key, value in (tags or {}).items()]
-    for at in range(0, len(metrics or []), 1000):
-        client.log_batch(run_id, metrics=(metrics or [])[at : at + 1000])
-    for at in range(0, max(len(settings), len(labels)), 100):
-        client.log_batch(run_id, params=settings[at : at + 100], tags=labels[at : at + 100])
+def _child(
+    client: MlflowClient, experiment: str, key: str, parent: str, digest: str | None = None, **options: Any
+) -> MlflowRun:
+    """A task's run with this key: the one that is there, unless it holds another outcome than that of `digest`."""
+    found = _find(client, experiment, key)
+    if found is not None and found.data.tags.get(DONE) in (None, digest):
+        return found
+    if found is not None:  # learned before, then dropped, or learned again
+        _delete(client, found)
+    return _create(client, experiment, key, {PARENT: parent}, run_name=Path(key).name, **options)
+
+
+def _describe(client: MlflowClient, run_id: str, params: dict[str, Any], tags: dict[str, Any]) -> None:
+    settings = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in params.items()]
+    client.log_batch(run_id, params=settings, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
 
 def _tags(run: Record) -> dict[str, Any]:

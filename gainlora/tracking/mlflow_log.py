@@ -2,12 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -23,7 +22,7 @@ INTERVAL = 5.0
 """Seconds between two deliveries of a training curve."""
 
 
-class MlflowLogger(Callback):
+class MlflowLogger(Callback, AbstractContextManager["MlflowLogger"]):
     """Records a run: curves while a task trains, everything else when it is finished. Learning never waits for MLflow:
     records that fail are delivered after a later task, or by the same command. A context manager: a run that stops
     early becomes FAILED or KILLED.
@@ -77,23 +76,21 @@ class MlflowLogger(Callback):
     def on_task_end(self, t: int, name: str, row: dict[str, Any]) -> None:
         self._end_curve()
         self.waiting.append(self.run.task_folder(t))
-        self._deliver()
+        with _or_later():
+            self._deliver()
 
     def on_run_end(self, result: dict[str, Any]) -> None:
-        s, parent = self.settings, self.parent or ""
-        self._end_system_metrics()
-        finish = partial(mlflow.finish, self.run.folder, parent, s.tracking, s.report, self.root)
-        if not (self._deliver() and self._tried(finish)):
-            return
         from gainlora.tracking.promotion import promote
 
-        try:
-            print(promote(self.run.folder, self.uri, s.promote).reason)
-        except Exception as error:  # the run is learned and recorded in any case
-            print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
-
-    def __enter__(self) -> Self:
-        return self
+        s = self.settings
+        self._end_system_metrics()
+        with _or_later():
+            self._deliver()
+            mlflow.finish(self.run.folder, self.parent or "", s.tracking, s.report, self.root)
+            try:
+                print(promote(self.run.folder, self.uri, s.promote).reason)
+            except Exception as error:  # the run is learned and recorded in any case
+                print(f"note: not registered: {printable(reason(error))}", file=sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = [self.curve.run_id] if self.curve else []
@@ -114,27 +111,23 @@ class MlflowLogger(Callback):
             self._system.finish()
         self._system = None
 
-    def _deliver(self) -> bool:
-        """Record the waiting tasks in order; returns whether all are recorded."""
-        s, parent = self.settings, self.parent or ""
+    def _deliver(self) -> None:
+        """Record the waiting tasks in order."""
         while self.waiting:
-            task = self.waiting[0]
-            record = partial(mlflow.record_task, self.run.folder, task, parent, s.tracking, self.root)
-            if not self._tried(record):
-                return False
+            mlflow.record_task(self.run.folder, self.waiting[0], self.parent or "", self.settings.tracking, self.root)
             del self.waiting[0]
-        return True
 
-    def _tried(self, action: Callable[[], object]) -> bool:
-        try:
-            action()
-        except GainLoRAError:  # the run's own state
-            raise
-        except Exception as error:
-            message = f"note: MLflow did not take it ({printable(reason(error))}); the same command delivers it later"
-            print(message, file=sys.stderr)
-            return False
-        return True
+
+@contextmanager
+def _or_later() -> Iterator[None]:
+    """Note what MLflow does not take in the block, and go on; an error of the run's own state is raised."""
+    try:
+        yield
+    except GainLoRAError:
+        raise
+    except Exception as error:
+        message = f"note: MLflow did not take it ({printable(reason(error))}); the same command delivers it later"
+        print(message, file=sys.stderr)
 
 
 class Curve:
@@ -153,7 +146,7 @@ class Curve:
         """Kind -> last delivered step: a resumed task repeats the steps after its checkpoint."""
         self.points: list[Metric] = []
         self.sender = ThreadPoolExecutor(1)
-        self.sent: Future[None] | None = None
+        self.sent: Future[Any] | None = None
         self.at = time.monotonic()
 
     def add(self, kind: str, record: dict[str, Any]) -> None:
@@ -172,4 +165,4 @@ class Curve:
     def _send(self) -> None:
         points, self.points, self.at = self.points, [], time.monotonic()
         if points:
-            self.sent = self.sender.submit(mlflow.log, self.client, self.run_id, points)
+            self.sent = self.sender.submit(self.client.log_batch, self.run_id, points)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
+from mlflow.utils import get_results_from_paginated_fn
 
 from gainlora.errors import GainLoRAError, printable, reason
-from gainlora.runs.records import MEASURES, ROUTING, UNLEARNED, Key, Record, Step, checked
+from gainlora.runs.records import MEASURES, ROUTING, UNLEARNED, Key, Record, Step, checked, complete_or_refused
 from gainlora.sections import TrackingConfig
 from gainlora.tracking.mlflow import CURVES, DONE, KEY, PARENT, metric_name
 from gainlora.tracking.store import database, store, tracking_uri
@@ -42,7 +42,9 @@ def tracked_runs(tracking: TrackingConfig, root: Path = Path(".")) -> list[Recor
         )
     try:
         with store(tracking, root) as (client, experiment):
-            found = _all_runs(client, experiment)
+            found: list[MlflowRun] = get_results_from_paginated_fn(
+                lambda count, token: client.search_runs([experiment], max_results=count, page_token=token), 1000
+            )
     except GainLoRAError:
         raise
     except Exception as error:  # of MLflow, its database's driver, or the network
@@ -55,27 +57,14 @@ def tracked_runs(tracking: TrackingConfig, root: Path = Path(".")) -> list[Recor
     parents = [run for run in found if PARENT not in run.data.tags and run.data.tags.get(KEY) not in (None, REPORT)]
     records = []
     for parent in sorted(parents, key=lambda run: run.data.tags[KEY]):
+        what = f"MLflow's run {printable(parent.data.tags[KEY])}"
+        remedy = "run the same command again to log it, or delete the run"
         try:
-            records.append(_record(parent, children.get(parent.info.run_id, [])))
+            with complete_or_refused(what, "not whole", remedy):
+                records.append(_record(parent, children.get(parent.info.run_id, [])))
         except GainLoRAError as error:
             print(f"left out: {error}", file=sys.stderr)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            name = printable(parent.data.tags[KEY])
-            print(
-                f"left out: MLflow's run {name} is not whole ({error} is missing or wrong); run the same command again "
-                "to log it, or delete the run.",
-                file=sys.stderr,
-            )
     return records
-
-
-def _all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
-    page = client.search_runs([experiment])
-    found = list(page)
-    while page.token:
-        page = client.search_runs([experiment], page_token=page.token)
-        found += page
-    return found
 
 
 def _record(parent: MlflowRun, children: Sequence[MlflowRun]) -> Record:

@@ -22,7 +22,6 @@ from mlflow.models import ModelSignature
 from mlflow.types.schema import ColSpec, Map, ParamSchema, ParamSpec, Schema
 
 from gainlora.errors import GainLoRAError
-from gainlora.export.card import check_finished
 from gainlora.export.hub import write_release
 from gainlora.export.saved import SavedModel, files_sha256, open_saved
 from gainlora.inference import make_prompt
@@ -51,7 +50,7 @@ def register(folder: Path, uri: str) -> int:
         GainLoRAError: the run is not finished, not in MLflow, needs the task at inference, or its base is missing.
     """
     learned = open_saved(folder)
-    check_finished(learned)
+    learned.check_finished()
     if learned.adapter.integration == "single":
         raise GainLoRAError(f"{folder}: method single needs a task id to choose a branch, which no served model takes.")
     if (file := database(uri)) and not file.exists():

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
-from gainlora.errors import GainLoRAError
+from gainlora.errors import GainLoRAError, add_context
 from gainlora.export.saved import files_sha256, open_saved
 from gainlora.inference import Predictor, make_prompt
 
@@ -74,10 +74,8 @@ class ServedModel(PythonModel):
         tasks = rows["task"] if "task" in rows else [None] * len(rows)
         prompts = []
         for number, (text, task) in enumerate(zip(rows["text"], tasks, strict=True)):
-            try:
+            with add_context(f"row {number}"):
                 prompts.append(make_prompt(self.predictor.learned, text, None if pandas.isna(task) else str(task)))
-            except GainLoRAError as error:
-                raise GainLoRAError(f"row {number}: {str(error).removeprefix('--')}") from None
         return prompts
 
 

@@ -89,9 +89,8 @@ def store(tracking: TrackingConfig, root: Path) -> Iterator[tuple[MlflowClient, 
     """
     uri = tracking_uri(root, tracking.uri)
     with connect(uri) as client:
-        artifacts = None
-        if file := database(uri):
-            artifacts = (file.parent / "artifacts").as_uri()
+        file = database(uri)
+        artifacts = (file.parent / "artifacts").as_uri() if file else None
         yield client, _experiment(client, tracking.experiment, artifacts)
 
 

@@ -4,10 +4,15 @@ With several processes each calls its own callbacks. All must have the same ones
 collective operation.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gainlora import distributed
+from gainlora.progress import shown, terminal
 
 if TYPE_CHECKING:
     from gainlora.runs.run import Run
@@ -51,8 +56,6 @@ class Console(Callback):
     """One line for each finished task: its scores, AP, and the time it took."""
 
     def __init__(self, decimals: int = 1) -> None:
-        from rich.console import Console as Terminal
-
         self.terminal, self.decimals = Terminal(highlight=False, soft_wrap=True), decimals
         self.steps, self.finished = 0, 0  # not known without a run
 
@@ -109,3 +112,32 @@ class Console(Callback):
     def _print(self, text: str) -> None:
         if distributed.index() == 0:
             self.terminal.print(text, markup=False)
+
+
+class RunBar(Callback):
+    """A bar for the whole run: task k of T, loss, time left by the optimizer steps of all tasks. A context manager."""
+
+    def __enter__(self) -> Self:
+        columns = (BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        look: Any = {"transient": True, "disable": not shown(), "redirect_stdout": sys.stdout.isatty()}
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=terminal(), **look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def on_run_begin(self, run: "Run") -> None:
+        self.planned = run.planned_steps
+        done = sum(self.planned[: run.finished])
+        self.task = self.bar.add_task("", total=sum(self.planned), completed=done, loss="")
+        self.bar.start()
+
+    def on_task_begin(self, t: int, name: str) -> None:
+        self.before = sum(self.planned[: t - 1])
+        self.bar.update(self.task, description=f"task {t} of {len(self.planned)}: {name}", loss="")
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        self.bar.update(self.task, completed=self.before + record["step"], loss=f"loss {record['loss']:.2f}")
+
+    def on_task_end(self, t: int, name: str, row: dict[str, Any]) -> None:
+        self.bar.update(self.task, completed=sum(self.planned[:t]))

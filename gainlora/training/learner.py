@@ -2,20 +2,21 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gainlora import distributed
 from gainlora.config import RunConfig
-from gainlora.data.checks import keeps_punctuation, majority_score
+from gainlora.data.checks import data_entry, keeps_punctuation, majority_score
 from gainlora.data.collate import Split, count_cut, tokenize
 from gainlora.data.prompts import as_prompts
-from gainlora.data.tasks import Task, as_tasks, hold_out, kept_for_replay, limited
+from gainlora.data.tasks import Task, as_tasks, hold_out, judged, kept_for_replay, limited
 from gainlora.errors import GainLoRAError, add_context, short_repr
-from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, place, prepare_base
+from gainlora.model.base import check_positions, load_base, pick_device, pick_dtype, prepare_base
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.probe import check_behavior
 from gainlora.rules import ALL_TASKS
@@ -76,7 +77,6 @@ class ContinualLearner:
 
             dtype = pick_dtype(self.config.model.dtype, pick_device())
             model, self.tokenizer = load_base(resolve_model(name), dtype, self.config.model.device_map)
-            place(model, self.config.model.device_map)
         check_positions(model, self.config.data.max_prompt_tokens, self.config.data.max_target_tokens)
         self.horizon = horizon or self.config.subspace.horizon or len(self.config.order.tasks) or HORIZON
         if adapter is None:
@@ -157,16 +157,9 @@ class ContinualLearner:
         elif [t.name for t in tasks] != [t.name for t in self._unscored.tasks]:
             self.check_scored()
         tasks, entries, before, seconds = self._unscored
-        keep = {t.name: entries[t.name]["keep_punctuation"] for t in tasks}
         known = self.tasks | {t.name: replace(t, train=kept_for_replay(t, self.config.data.replay)) for t in tasks}
-        with _timed(seconds, "evaluate"):
-            found = self.predictions(known.values(), keep)
-        with _timed(seconds, "base"):
-            base, general = self.base_scores(tasks, keep), self.general_ability()
-        majority = {t.name: majority_score(t, keep[t.name]) for t in tasks}
         earlier = [step["scores"] for step in self.history]
-        scores = step_scores(found, {"base": base, "before": before, "majority": majority}, earlier)
-        row = {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}
+        row, found = self.scored(known.values(), tasks, before, earlier, partial(_timed, seconds))
         row |= {**self.facts(tasks), "seconds": seconds}
         coefficients = {n: coefficient_summary(p) for n, p in found.items()} if self.model.config.by_prompt else {}
         curve = {"validation_curve": self.validation.records} if self.validation and self.validation.records else {}
@@ -175,7 +168,7 @@ class ContinualLearner:
         self.config = self.config.with_options({"order.tasks": tuple(known)})
         self.history.append(step)
         tell.on_task_end(self.learned, row["task"], row)
-        return dict(scores["scores"])
+        return dict(row["scores"])
 
     def _learn(self, tasks: list[Task], tell: Callbacks) -> Unscored:
         """All of `learn` but the evaluation."""
@@ -185,16 +178,15 @@ class ContinualLearner:
         for t in tasks:
             for note in entries[t.name]["notes"]:
                 tell.on_note(f"{t.name}: {note}")
-        tasks = [limited(t, self.config.data) for t in tasks]
+        tasks = [judged(limited(t, self.config.data), entries[t.name]) for t in tasks]
         seconds: dict[str, float] = {}
         tell.on_task_begin(self.learned + 1, name)
-        keep = {t.name: entries[t.name]["keep_punctuation"] for t in tasks}
         with _timed(seconds, "before"):
-            before = self.scores_before(tasks, keep)
+            before = self.scores_before(tasks)
         with _timed(seconds, "prepare"):
             self.begin_task(name, tasks)
         with _timed(seconds, "train"):
-            self.train_task(name, tasks, keep, callbacks=[tell], replay=list(self.tasks.values()))
+            self.train_task(name, tasks, callbacks=[tell], replay=list(self.tasks.values()))
         with _timed(seconds, "update"):
             self.end_task(name, tasks)
         return Unscored(tasks, entries, before, seconds)
@@ -222,8 +214,6 @@ class ContinualLearner:
                 raise GainLoRAError(f"task {task.name}: is learned already; give the new one another name.")
 
     def _entry(self, task: Task) -> dict[str, Any]:
-        from gainlora.runs.data import data_entry
-
         entry = data_entry(task, self.config, "", None, self.tokenizer)
         notes = [
             f"{entry[split]} of {len(examples)} {split} examples are used (data.{split}_limit)."
@@ -248,8 +238,8 @@ class ContinualLearner:
         self.stage = "begun"
 
     def train_task(
-        self, name: str, tasks: Sequence[Task], keep_punctuation: Mapping[str, bool],
-        checkpoints: Checkpoints | None = None, callbacks: Sequence[Callback] = (), replay: Sequence[Task] = (),
+        self, name: str, tasks: Sequence[Task], checkpoints: Checkpoints | None = None,
+        callbacks: Sequence[Callback] = (), replay: Sequence[Task] = (),
     ) -> Records:  # fmt: skip
         """Train branch and gate; returns a record per optimizer step. `validation` then holds the validation curve.
 
@@ -265,7 +255,8 @@ class ContinualLearner:
         self.model.task = self.learned
         held_out = {task.name: self.rows([task], "validation") for task in tasks if task.validation}
         steps, epochs = math.ceil(len(rows) / config.train.batch_size), config.epochs(name, len(rows))
-        self.validation = Validation(held_out, keep_punctuation, self.model, self.tokenizer, config, epochs, steps)
+        keep = {task.name: bool(task.keep_punctuation) for task in tasks}
+        self.validation = Validation(held_out, keep, self.model, self.tokenizer, config, epochs, steps)
         checkpoints = checkpoints or Checkpoints(None, None)
         self.records = train_task(
             self.model, rows, config, self.learned + 1, name, self.tokenizer.pad_token_id,
@@ -315,41 +306,51 @@ class ContinualLearner:
             given = [limited(t, self.config.data) for t in asked]
         return {name: mean(answers) for name, answers in self.predictions(given).items()}
 
-    def predictions(
-        self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool] | None = None
-    ) -> dict[str, list[Prediction]]:
-        """Answers to each task's test examples, in order. Only `single`, a bound, uses the task id.
-
-        Args:
-            keep_punctuation: how to compare each task's answers; None: as decided when it was learned.
-        """
+    def predictions(self, tasks: Iterable[Task]) -> dict[str, list[Prediction]]:
+        """Answers to each task's test examples, in order. Only `single`, a bound, uses the task id."""
         names, found = self.model.config.tasks, {}
-        known = {name: entry.get("keep_punctuation", False) for name, entry in self.entries.items()}
-        known |= keep_punctuation or {}
         for task in tasks:
             self.model.task = names.index(task.name) if task.name in names else None
-            keep = known[task.name] if task.name in known else keeps_punctuation(task)
-            given = (self.rows([task], "test"), task.metric, self.config, task.name, keep)
-            found[task.name] = evaluate_task(self.model, self.tokenizer, *given)
+            found[task.name] = self._answered(task, task.name)
         return found
 
-    def base_scores(self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool]) -> dict[str, float]:
+    def scored(
+        self, learned: Iterable[Task], new: Sequence[Task], before: Mapping[str, float],
+        earlier: Sequence[Mapping[str, Any]], timed: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[dict[str, Any], dict[str, list[Prediction]]]:  # fmt: skip
+        """What is known of the newest step once all learned tasks are answered, as in scores.json; and the answers.
+
+        Args:
+            learned: all tasks. new: those of the step.
+            before: `scores_before` of the new ones.
+            earlier: what this method returned for the steps before.
+            timed: measures the block that it is given a name for.
+        """
+        with timed("evaluate"):
+            found = self.predictions(learned)
+        with timed("base"):
+            base, general = self.base_scores(new), self.general_ability()
+        measured = {"base": base, "before": before, "majority": {t.name: majority_score(t) for t in new}}
+        scores = step_scores(found, measured, earlier)
+        return {"task": self.model.config.tasks[-1], "index": self.learned, **scores, "general": general}, found
+
+    def base_scores(self, tasks: Iterable[Task]) -> dict[str, float]:
         """The base model's mean score (0 to 100) on each task's test examples, all branches off: row 0 of R."""
         with self.model.branches_off():
-            return self._unlearned_scores(tasks, keep_punctuation, "base")
+            return {t.name: mean(self._answered(t, f"base on {t.name}", unlearned=True)) for t in tasks}
 
-    def scores_before(self, tasks: Iterable[Task], keep_punctuation: Mapping[str, bool]) -> dict[str, float]:
+    def scores_before(self, tasks: Iterable[Task]) -> dict[str, float]:
         """Mean scores (0 to 100) on tasks that are not learned yet, R[i-1][i]. Empty before the first step, where they
         are the base model's, and with `single`, which has no branch for such a task."""
         known = self.learned and not self.config.rule.task_known
-        return self._unlearned_scores(tasks, keep_punctuation, "before") if known else {}
+        return {t.name: mean(self._answered(t, f"before on {t.name}", unlearned=True)) for t in tasks if known}
 
-    def _unlearned_scores(self, tasks: Iterable[Task], keep: Mapping[str, bool], what: str) -> dict[str, float]:
-        found = {}
-        for task in tasks:
-            given = (self.rows([task], "test"), task.metric, self.config, f"{what} on {task.name}", keep[task.name])
-            found[task.name] = mean(evaluate_task(self.model, self.tokenizer, *given, unlearned=True))
-        return found
+    def _answered(self, task: Task, name: str, unlearned: bool = False) -> list[Prediction]:
+        if task.keep_punctuation is None and task.name in self.entries:
+            task = judged(task, self.entries[task.name])
+        keep = keeps_punctuation(task) if task.keep_punctuation is None else task.keep_punctuation
+        given = (self.rows([task], "test"), task.metric, self.config, name, keep, unlearned)
+        return evaluate_task(self.model, self.tokenizer, *given)
 
     def general_ability(self) -> dict[str, Any]:
         """`gainlora.training.general.general_ability`; empty with `single`, whose branches need a task."""

@@ -246,7 +246,7 @@ def test_runs_that_cannot_be_read_are_named(root, client, tmp_path, capsys):
         client.create_run(experiment, tags={"gainlora.key": "../out"})
     assert tracked_runs(broken, root) == []
     said = capsys.readouterr().err
-    assert "left out: MLflow's run old-run is not whole" in said and "MLflow's run ../out is not whole" in said
+    assert "left out: MLflow's run old-run: not whole" in said and "MLflow's run ../out: not whole" in said
     with pytest.raises(GainLoRAError, match="is not there, so there are no runs"):
         tracked_runs(TRACKING, tmp_path)
     assert not (tmp_path / "mlruns").exists()

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from gainlora.config import load_config
 from gainlora.data.checks import inspect
 from gainlora.data.instances import Example
-from gainlora.data.own_tasks import take_task
-from gainlora.data.tasks import Task
+from gainlora.data.tasks import Task, take_task
 from gainlora.errors import GainLoRAError
 from gainlora.runs.run import Run
 from gainlora.training.metrics import score
@@ -156,7 +155,7 @@ def test_inputs_that_differ_in_case_blanks_or_punctuation_are_held_out_together(
     made = take_task(tmp_path / "mine.json", tmp_path / "run" / "mine", "long_sequence", "exact_match")
     sides = [{"".join(filter(str.isalnum, e.input.lower())) for e in split} for split in (made.train, made.test)]
     assert [len(side) for side in sides] == [16, 4] and not sides[0] & sides[1]
-    assert inspect(made).notes == ("mine: 20 of 100 rows, one in 5 different inputs, are held out to test.",)
+    assert inspect(made).notes == ("20 of 100 rows, one in 5 different inputs, are held out to test.",)
     (tmp_path / "few.json").write_text(json.dumps({"Instances": rows[:20]}))
     with pytest.raises(GainLoRAError, match="has 4 different inputs"):
         take_task(tmp_path / "few.json", tmp_path / "run" / "few", "long_sequence", "exact_match")

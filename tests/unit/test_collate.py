@@ -180,14 +180,6 @@ def test_special_tokens_inside_a_text_are_text(tmp_path):
     assert words(rows[0]["target_ids"]).count("</s>") == 1
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    given = tokenizer()
-    given.eos_token = None
-    with pytest.raises(GainLoRAError, match="no end-of-sequence token"):
-        tokenize(task(("a", "yes")), "train", given, DataConfig(), False, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_unwritable_cache_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GainLoRAError, match="cannot be written"):

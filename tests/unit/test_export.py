@@ -127,12 +127,12 @@ def test_a_state_after_each_task_answers(gated, capsys):
 
 LINES = [
     ('{"text": "a"}\n{"text": ""}', "line 2: text: empty"),
-    ('\n{"text": 3}', "line 2: text: no text"),
+    ('\n{"text": 3}', "line 2: text: is the number 3; give text"),
     ('{"text": "a"}\n{"txt": "a"}', 'line 2: no object with "text"'),
     ("[1]", "line 1: no object"),
     ('{"text": "a"}\n{"text": "a"', "line 2: not JSON"),
     ('{"text": "a", "answer": "b"}', "line 1: has a key 'answer'"),
-    ('{"text": "a", "task": "tsk1"}', "line 1: --task: 'tsk1' is no task of this run; did you mean 'task1'"),
+    ('{"text": "a", "task": "tsk1"}', "line 1: task: 'tsk1' is no task of this run; did you mean 'task1'"),
     ('{"text": "a", "task": 1}', "line 1: task: no text"),
     ('{"text": "\\ud800"}', "line 1: text: holds half a surrogate"),
     ("", "in.jsonl: empty"),

@@ -10,6 +10,7 @@ import torch
 
 from gainlora.config import RunConfig
 from gainlora.errors import GainLoRAError
+from gainlora.export.saved import files_sha256
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.runs import identity
 from gainlora.runs.run import Run
@@ -101,7 +102,7 @@ def root(tmp_path_factory):
 
 
 def tasks(**digests):
-    return [identity.TaskData(name, sha256, 24) for name, sha256 in digests.items()]
+    return {name: {"sha256": sha256, "train": 24} for name, sha256 in digests.items()}
 
 
 def ids(root, method, **changed):
@@ -219,6 +220,7 @@ def test_a_hub_model_is_its_commit(tmp_path, monkeypatch):
     place = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: str(place))
     assert identity.base_fingerprint("a/b", tmp_path) == "c0ffee"
+    assert files_sha256("a/b") == "commit c0ffee"
 
 
 def test_other_packages_on_resume_are_noted_once(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """Published shapes, and counts of what trains: the paper's models by hand, tiny ones against the real thing."""
 
 import pytest
+import torch
 
-from gainlora.errors import GainLoRAError
 from gainlora.model import shapes
+from gainlora.model.memory import without_weights
 from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
 
 
@@ -19,17 +20,9 @@ from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
     ],
 )
 def test_models_have_their_published_size_and_no_weights(name, parameters):
-    built = list(shapes.build(name).parameters())
+    built = list(without_weights(shapes.MODELS[name](), torch.float32).parameters())
     assert sum(p.numel() for p in built) == parameters
     assert {p.device.type for p in built} == {"meta"}
-
-
-def test_unknown_names_are_refused_with_what_there_is():
-    with pytest.raises(GainLoRAError, match=r"'t5-huge'.* t5-large, "):
-        shapes.build("t5-huge")
-    for method in ("adalora", "gainlora-seqlora", "gainlora-gainlora-inflora"):
-        with pytest.raises(GainLoRAError, match=rf"'{method}'.* gainlora-inflora"):
-            shapes.trainable_parameters("t5-large", method, 4)
 
 
 @pytest.mark.parametrize(
