@@ -190,10 +190,7 @@ def learn(folder: Path, family: str, options: Mapping[str, Any]) -> Iterator[Lea
 
 def outcome(learned: list[Learned]) -> dict[str, Any]:
     """The figures that a pin holds, 7 digits each."""
-    figures: dict[str, Any] = {
-        "losses": [task.losses for task in learned],
-        "R": [task.scores for task in learned],
-    }
+    figures: dict[str, Any] = {"losses": [task.losses for task in learned], "R": [task.scores for task in learned]}
     for kind in learned[0].tensors:
         values = [signature(task.tensors[kind]) for task in learned]
         if any(size for size, *_ in values):

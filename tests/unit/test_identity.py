@@ -162,14 +162,6 @@ def test_what_does_not_identify_a_run_may_change_while_it_is_learned(tmp_path, m
     assert json.loads((run.folder / "config.json").read_text())["config"]["evaluate"]["batch_size"] == 3
 
 
-def test_rounding_alone_does_not_begin_another_run(tmp_path):
-    root = project(tmp_path)
-    with create(root) as begun:
-        begun.seal(1)
-    run = learn(root, train__micro_batch_size=2, train__gradient_checkpointing=True)
-    assert run.folder == begun.folder and run.finished == 3
-
-
 EDITS = {
     "tokenizer.json": lambda t: t.replace('"w1"', '"w1x"'),
     "tokenizer_config.json": lambda t: t.replace('"eos_token": "</s>"', '"eos_token": "<unk>"'),

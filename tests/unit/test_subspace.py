@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.subspace import (
-    Covariance,
-    empty_basis,
-    expand_basis,
-    expand_blocks,
-    inflora_A,
-    threshold_at,
-)
+from gainlora.model.subspace import Covariance, empty_basis, expand_basis, expand_blocks, inflora_A, threshold_at
 
 
 def inputs(n, d, rank, seed=0):
