@@ -58,9 +58,7 @@ def test_repair_goes_back_to_the_last_good_task_and_the_run_to_the_same_end(copi
 
 def test_damage_that_runs_share_is_mended_in_each_and_no_file_is_written_to(copied):
     root, folder = copied
-    options = {"method": METHOD, "subspace__horizon": 3}
-    order = {"data": "data/tiny", "template": "long_sequence", "metric": "exact_match", "tasks": ["task1", "task2"]}
-    shorter = learn(root, **options, order__tasks=order["tasks"])
+    shorter = learn(root, method=METHOD, subspace__horizon=3, order__tasks=["task1", "task2"])
     expected = state(shorter)
     shared = folder / "task_01_task1" / "gate.safetensors"
     assert shared.samefile(shorter.task_folder(1) / shared.name)
