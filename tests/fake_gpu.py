@@ -54,18 +54,6 @@ class OnGPU(Tensor):
         FakeGPU.active.wait("tolist")
         return Tensor.tolist(self)
 
-    def get_device(self) -> int:
-        return self.place.index
-
-    @property
-    def data(self) -> Tensor:
-        return on_gpu(Tensor.data.__get__(self), self.place)  # type: ignore[attr-defined]
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        assert isinstance(value, OnGPU), "incompatible tensor type"
-        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-
     # with these, nn.Module.to makes new parameters: it cannot give a CPU parameter a GPU's values
     def __tensor_flatten__(self) -> Any:
         raise NotImplementedError
@@ -82,19 +70,6 @@ def on_gpu(tensor: Tensor, place: torch.device) -> Tensor:
 
 def place_of(tensor: Tensor) -> torch.device:
     return tensor.place if isinstance(tensor, OnGPU) else CPU
-
-
-class Move(torch.autograd.Function):
-    """A copy to another device, whose gradient is copied back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: torch.device, gpu: FakeGPU) -> Tensor:
-        ctx.back, ctx.gpu = x.device, gpu
-        return gpu.copied(x, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.gpu.copied(grad, ctx.back), None, None
 
 
 class Calls(TorchFunctionMode):
@@ -118,8 +93,6 @@ class Calls(TorchFunctionMode):
         if func is Tensor.pin_memory:
             args[0].pinned = True
             return args[0]
-        if func is Tensor.cuda:
-            func, args = Tensor.to, [args[0], torch.device("cuda", 0)]
         if func is Tensor.cpu:
             func, args = Tensor.to, [args[0], CPU]
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
@@ -142,8 +115,8 @@ class Calls(TorchFunctionMode):
         if place.type == "meta":
             return Tensor.to(x, place, **options)
         if place != x.device:
-            differentiable = x.requires_grad and torch.is_grad_enabled()
-            x = Move.apply(x, place, self.gpu) if differentiable else self.gpu.copied(x, place, free)
+            assert not (x.requires_grad and torch.is_grad_enabled()), "its gradient would be lost"
+            x = self.gpu.copied(x, place, free)
         return Tensor.to(x, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -19,17 +19,22 @@ WORDS = [f"w{i}" for i in range(60)]
 LABELS = ["red", "green", "blue", "up", "down", "left", "right", "on", "off"]
 
 
-def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """Of words alone: `<pad>` is 0, `</s>` ends, `<unk>` is any other word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<pad>", "</s>", "<unk>", "Sort", "task", "Output", ":", *"0123456789", *WORDS, *LABELS]
-    names += [word for word in words if word not in names]
+    names = ["<pad>", "</s>", "<unk>", *words]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
     )
+
+
+def tiny_tokenizer(words: Sequence[str] = ()) -> Any:
+    names = ["Sort", "task", "Output", ":", *"0123456789", *WORDS, *LABELS]
+    return word_tokenizer([*names, *(word for word in words if word not in names)])
 
 
 def tiny_llama(folder: Path | None = None, words: Sequence[str] = (), tokenizer: Any = None, **overrides: Any) -> Any:
@@ -70,11 +75,15 @@ def tiny_tasks(folder: Path, count: int = 3, train: int = 24, test: int = 8) -> 
             for _ in range(size):
                 text = chooser.choices(words, k=chooser.randint(3, 9))
                 instances.append({"input": " ".join(text), "output": labels[int(text[0][1:]) % 3]})
-            path = folder / name / f"{split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"Definition": [f"Sort task {k + 1}"], "Instances": instances}))
+            write_split(folder / name, split, instances, f"Sort task {k + 1}")
         names.append(name)
     return names
+
+
+def write_split(folder: Path, split: str, instances: list[dict[str, Any]], definition: str) -> None:
+    """One file of a task's folder, in the benchmark's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.json").write_text(json.dumps({"Definition": [definition], "Instances": instances}))
 
 
 def tiny_params(folder: Path, model: Path | str, count: int = 3, **options: Any) -> Path:

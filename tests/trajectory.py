@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gainlora import rules
 from gainlora.version import PINS
+from tests.tiny import tiny_llama, tiny_t5, word_tokenizer, write_split
 
 TASKS = ("one", "two", "three")
 FAMILIES = ("llama", "t5")
@@ -189,10 +190,7 @@ def learn(folder: Path, family: str, options: Mapping[str, Any]) -> Iterator[Lea
 
 def outcome(learned: list[Learned]) -> dict[str, Any]:
     """The figures that a pin holds, 7 digits each."""
-    figures: dict[str, Any] = {
-        "losses": [task.losses for task in learned],
-        "R": [task.scores for task in learned],
-    }
+    figures: dict[str, Any] = {"losses": [task.losses for task in learned], "R": [task.scores for task in learned]}
     for kind in learned[0].tensors:
         values = [signature(task.tensors[kind]) for task in learned]
         if any(size for size, *_ in values):
@@ -252,18 +250,16 @@ def write_inputs(folder: Path, noise: float = 0.0) -> None:
         noise: relative, on the models' weights.
     """
     for family in FAMILIES:
-        tokenizer = _tokenizer()
-        model = _model(family, len(tokenizer), noise)
-        model.save_pretrained(folder / family)
+        names = ["Definition", "Now", "Answer", "Input", "Output", ":", *TASKS, *WORDS]
+        tokenizer = word_tokenizer(names)
+        _model(family, tokenizer, noise).save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
     for data in ("texts", "labels"):
         for k, task in enumerate(TASKS):
             for split, size in (("train", 8), ("test", 4)):
                 draw = random.Random(f"{data} {task} {split}")
                 instances = [_instance(draw, WORDS[7 * k : 7 * k + 14], data == "labels") for _ in range(size)]
-                path = folder / data / task / f"{split}.json"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"Definition": [f"Answer {task}"], "Instances": instances}))
+                write_split(folder / data / task, split, instances, f"Answer {task}")
 
 
 def _instance(draw: random.Random, words: list[str], label: bool) -> dict[str, Any]:
@@ -273,37 +269,19 @@ def _instance(draw: random.Random, words: list[str], label: bool) -> dict[str, A
     return {"input": " ".join(text), "output": [" ".join(draw.choices(WORDS, k=draw.randint(2, 5))) for _ in "12"]}
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "</s>", "<unk>", "Definition", "Now", "Answer", "Input", "Output", ":", *TASKS, *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def _model(family: str, vocabulary: int, noise: float) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
-    shared: dict[str, Any] = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1}
+def _model(family: str, tokenizer: Any, noise: float) -> Any:
     if family == "llama":
-        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-        sizes |= dict(num_key_value_heads=2, max_position_embeddings=128)
-        model: Any = LlamaForCausalLM(LlamaConfig(**shared, **sizes, bos_token_id=None))
+        made = tiny_llama(tokenizer=tokenizer, hidden_size=16, intermediate_size=24)
     else:  # with dropout, which must be on in training and off elsewhere
-        sizes = dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
-        model = T5ForConditionalGeneration(T5Config(**shared, **sizes, dropout_rate=0.1))
+        made = tiny_t5(tokenizer=tokenizer, d_model=16, d_kv=4, d_ff=24, dropout_rate=0.1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in made.named_parameters():
             if parameter.dim() > 1:
                 seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
                 generator = torch.Generator().manual_seed(seed)
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(0.4 * drawn * (1 + noise * torch.randn(parameter.shape)))
-    return model.eval()
+    return made
 
 
 # -- command ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ They run to the letter, page by page, in one copy of the project with a tiny mod
 a block with a title is written to that file first. What cannot run here is in NOT_RUN, with the reason.
 """
 
-import os
+import functools
 import re
 import shlex
 import subprocess
@@ -15,7 +15,7 @@ import typer
 from gainlora.cli import app
 from tests.newcomer import FIRST, Shell
 from tests.pages import PAGES, ROOT, blocks, commands
-from tests.servers import BIN
+from tests.servers import BIN, clean_environment
 
 NOT_RUN = {
     r"make test": "it is what runs this",
@@ -80,12 +80,16 @@ def others():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", others().values(), ids=others())
 def test_options_of_other_programs_exist(command):
-    program = [BIN / command[0], *command[1 : 1 + SUBCOMMANDS[command[0]]]]
-    environment = {**os.environ, "COLUMNS": "200", "DO_NOT_TRACK": "true"}
-    done = subprocess.run([*program, "--help"], capture_output=True, text=True, cwd="/", env=environment)
+    shown = help_of(*command[: 1 + SUBCOMMANDS[command[0]]])
     own = command[: command.index("-m")] if "-m" in command else command  # what follows belongs to the module
     for option in (word.partition("=")[0] for word in own if word.startswith("--")):
-        assert option in done.stdout, f"{option}: {done.stdout}{done.stderr}"
+        assert option in shown, f"{option}: {shown}"
+
+
+@functools.cache
+def help_of(program, *subcommands):
+    command, environment = [BIN / program, *subcommands, "--help"], clean_environment(COLUMNS="200")
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment).stdout
 
 
 @pytest.fixture(scope="module")

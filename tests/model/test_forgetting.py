@@ -4,15 +4,13 @@ The base is a tiny Llama, pretrained for some seconds on a made-up language in w
 texts stay within their topic. It shows the mechanics end to end; it is no claim about natural language.
 """
 
-import json
 import random
 
 import pytest
 import torch
 
-from gainlora.config import load_config
-from gainlora.runs.run import Run
-from tests.tiny import tiny_params, tiny_tokenizer
+from tests.runs import learn
+from tests.tiny import tiny_llama, tiny_params, tiny_tokenizer, write_split
 
 TOPICS, WORDS, TASKS = 12, 5, 3
 """Topics per task are TOPICS / TASKS; the answer to a text is a label of its topic."""
@@ -25,15 +23,9 @@ def words(topic, chooser, count):
 
 def pretrain(folder):
     """Next-word prediction on texts of one topic each."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    sizes = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_key_value_heads=4)
+    model = tiny_llama(**sizes, initializer_range=0.02).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     chooser = random.Random(0)
     for _ in range(250):
@@ -55,15 +47,9 @@ def write_tasks(folder):
     chooser, names = random.Random(1), []
     for k in range(TASKS):
         for split, size in (("train", 320), ("test", 80)):
-            instances = []
-            for i in range(size):
-                label = i % 4
-                instances.append(
-                    {"input": " ".join(words(4 * k + label, chooser, 8)), "output": LABELS[(label + k) % 4]}
-                )
-            path = folder / f"topics{k + 1}" / f"{split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"Definition": [f"Sort task {k + 1}"], "Instances": instances}))
+            texts = [words(4 * k + i % 4, chooser, 8) for i in range(size)]
+            instances = [{"input": " ".join(text), "output": LABELS[(i + k) % 4]} for i, text in enumerate(texts)]
+            write_split(folder / f"topics{k + 1}", split, instances, f"Sort task {k + 1}")
         names.append(f"topics{k + 1}")
     return names
 
@@ -71,17 +57,12 @@ def write_tasks(folder):
 @pytest.mark.slow
 def test_sequential_lora_forgets_and_gainlora_does_not(tmp_path):
     pretrain(tmp_path / "base")
-    names = write_tasks(tmp_path / "data" / "topics")
-    order = {"data": "data/topics", "template": "long_sequence", "metric": "exact_match", "tasks": names}
     tiny_params(
-        tmp_path, tmp_path / "base", orders={"topics": order}, lora__rank=8, lora__alpha=32, gate__hidden=16,
-        subspace__threshold=0.98, subspace__gate_threshold=0.98, train__learning_rate=2e-2, train__epochs=6,
-        train__batch_size=16, data__test_limit=None, data__train_limit=None,
+        tmp_path, tmp_path / "base", 0, orders__tiny__tasks=write_tasks(tmp_path / "data" / "tiny"), lora__rank=8,
+        lora__alpha=32, gate__hidden=16, subspace__threshold=0.98, subspace__gate_threshold=0.98, train__epochs=6,
+        train__learning_rate=2e-2, train__batch_size=16, data__test_limit=None, data__train_limit=None,
     )  # fmt: skip
-    results = {}
-    for method in ("seqlora", "gainlora-inflora"):
-        with Run.create(load_config("topics", {"method": method}, tmp_path / "params.yaml"), tmp_path) as run:
-            results[method] = run.learn()
+    results = {method: learn(tmp_path, method=method).result() for method in ("seqlora", "gainlora-inflora")}
     forgotten = {method: result["FT"] for method, result in results.items()}
     assert all(result["R"][t][t] > 70 for result in results.values() for t in range(TASKS))  # each task is learned
     # over seeds 1 to 4: seqlora 30 to 46, gainlora-inflora 0

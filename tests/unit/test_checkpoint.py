@@ -1,19 +1,19 @@
 """A task stopped in the middle of its training goes on to the same end, bit for bit."""
 
-import os
 import random
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 import torch
 
+from gainlora.errors import GainLoRAError
 from gainlora.training import train
 from gainlora.training.checkpoint import Checkpoints, latest
 from gainlora.training.train import target_loss
+from tests.dying import in_a_process
 from tests.runs import assert_equal_runs, copy_of, flip, learn, project, run
 
-ENVIRONMENT = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 OPTIONS = {"train__checkpoint_every": 2, "train__epochs": 2, "train__lr_scheduler": "cosine"}
 """24 examples in batches of 8, twice: 6 steps a task, checkpoints after 2, 4 and 6."""
 METHOD = "gainlora-inflora"
@@ -120,22 +120,20 @@ def test_no_checkpoints_when_none_are_asked_for(tmp_path):
 @pytest.mark.parametrize("share", [0.2, 0.9])
 def test_when_the_disk_is_full_it_says_so_and_goes_on_once_there_is_room(whole, tmp_path, share):
     """A limit on the size of files stands for the disk; it fails at another file each."""
-    expected = whole("llama", METHOD)
+    expected, said = whole("llama", METHOD), tmp_path / "said"
     room = int(share * max(path.stat().st_size for path in expected.glob("runs/*/task_*/*")))
     root = copy_of(expected, tmp_path / "full")
-    limited = (
-        "import resource, signal, sys; from pathlib import Path; from tests.runs import run\n"
-        "from gainlora.errors import GainLoRAError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, -1))\n"
-        "try: run(Path(sys.argv[1]), sys.argv[2])\n"
-        "except GainLoRAError as error: sys.exit(f'error: {error}')\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-B", "-c", limited, root, METHOD],  # -B: nor can bytecode be written
-        env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 1, ended.stderr
-    assert "not written: " in ended.stderr and "the same command again" in ended.stderr
+    assert in_a_process(run_in, room, root, said) == 0
+    assert "not written: " in said.read_text() and "the same command again" in said.read_text()
     run(root, METHOD)
     assert_equal_runs(root, expected)
+
+
+def run_in(room, root, said):
+    """Run where no file may be larger, and write down what that ends with."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1))
+    try:
+        run(root, METHOD)
+    except GainLoRAError as error:
+        said.write_text(str(error))

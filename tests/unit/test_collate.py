@@ -42,19 +42,18 @@ def words(ids):
 LONG = " ".join(f"w{i}" for i in range(40))
 
 
+@pytest.mark.parametrize("kind", [False, True])
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True), (False, True)])
-def test_decoder_only_prompts_begin_as_the_tokenizer_begins_and_never_end_in_eos(tmp_path, bos, eos):
+def test_prompts_begin_as_the_tokenizer_begins_and_end_in_one_eos_for_encoders_alone(tmp_path, kind, bos, eos):
     data = DataConfig(max_prompt_tokens=10, truncate="start")
-    rows = tokenize(task(("w0", "yes"), (LONG, "no")), "train", tokenizer(bos, eos), data, False, tmp_path)
+    rows = tokenize(task(("w0", "yes"), (LONG, "no")), "train", tokenizer(bos, eos), data, kind, tmp_path)
     short, long = rows
-    start = ["<s>"] if bos else []
-    assert words(short["prompt_ids"]) == [*start, "Say", "w0", "Output", ":"]
-    assert words(long["prompt_ids"])[-3:] == ["w39", "Output", ":"]
-    assert words(long["prompt_ids"])[: len(start)] == start
-    assert len(long["prompt_ids"]) == 10
+    start, end = ["<s>"] if bos else [], ["</s>"] if kind else []
+    assert words(short["prompt_ids"]) == [*start, "Say", "w0", "Output", ":", *end]
+    kept = 10 - len(start) - len(end) - 2
+    assert words(long["prompt_ids"]) == [*start, *(f"w{n}" for n in range(40 - kept, 40)), "Output", ":", *end]
     assert (short["truncated"], long["truncated"]) == (False, True)
-    assert words(short["target_ids"]) == ["yes", "</s>"]
-    assert short["references"] == ["yes", "other"]
+    assert words(short["target_ids"]) == ["yes", "</s>"] and short["references"] == ["yes", "other"]
 
 
 SIDES = [  # option, definition, input: what is left of them in 10 tokens, what was lost
@@ -151,15 +150,6 @@ def test_sampled_references(tmp_path):
     for which, count in (("all", 3), ("first", 1)):
         rows = tokenize(made, "train", tokenizer(), DataConfig(references=which), False, tmp_path)
         assert {len(r) for r in rows["references"]} == {count} and {words(t)[0] for t in rows["target_ids"]} == {"yes"}
-
-
-@pytest.mark.parametrize("eos", [True, False])
-def test_encoder_decoder_prompts_end_in_one_eos(tmp_path, eos):
-    data = DataConfig(max_prompt_tokens=10, truncate="start")
-    rows = tokenize(task(("w0", "yes"), (LONG, "no")), "test", tokenizer(eos=eos), data, True, tmp_path)
-    assert words(rows[0]["prompt_ids"]) == ["Say", "w0", "Output", ":", "</s>"]
-    assert words(rows[1]["prompt_ids"])[-4:] == ["w39", "Output", ":", "</s>"]
-    assert len(rows[1]["prompt_ids"]) == 10
 
 
 def test_targets_keep_eos_within_the_limit(tmp_path):

@@ -11,7 +11,6 @@ from tests.runs import learn, project, state
 from tests.tiny import tiny_llama
 
 CASES = [
-    ("llama", {}),
     ("llama", {"model__dtype": "bfloat16"}),
     ("biased", {}),  # outputs of the base's layers are views
     pytest.param("t5", {"method": "olora"}, marks=[pytest.mark.slow, pytest.mark.long]),

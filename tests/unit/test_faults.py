@@ -75,6 +75,3 @@ def test_a_branch_that_is_not_finite_after_its_last_step_is_refused(tmp_path, mo
     with pytest.raises(GainLoRAError, match=r"^task task1: its branch is not finite after training; lower train\.l"):
         learn(root, method="seqlora", data__train_limit=8)
     assert "task_01_task1" not in left(root)
-
-
-# ---- files and folders that the system refuses ---------------------------------------------------

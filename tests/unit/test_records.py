@@ -67,8 +67,6 @@ def test_measures_that_are_not_those_of_the_scores_are_refused(tmp_path):
 def test_what_is_damaged_or_no_run_is_named(tmp_path):
     with pytest.raises(GainLoRAError, match=r"nowhere/config\.json: not found"):
         read_record(tmp_path / "nowhere")
-    with pytest.raises(GainLoRAError, match="2 of 3 tasks are learned"):
-        export(read_run(write_run(tmp_path, R[:2], tasks=THREE)), tmp_path)
     for content in ("{}", "[]", "{", '{"steps": [1]}', '{"steps": [{"task": "\\u001b[31m"}]}'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(GainLoRAError, match=r"x\.json") as error:
@@ -129,8 +127,6 @@ def test_a_result_file_is_replaced_by_its_own_run_alone(tmp_path):
     labelled = export(ablated, out, "no-update")
     assert labelled.name == "gainlora-inflora+no-update-smollm2-135m-42.json"
     assert read_result_file(labelled).method == "gainlora-inflora+no-update"
-    with pytest.raises(GainLoRAError, match="--label: 'a/b'"):
-        export(ablated, out, "a/b")
 
 
 @pytest.mark.parametrize("key", ["run_id", "order", "method", "tasks"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from gainlora import ContinualLearner, GainLoRAError, Task
-from gainlora.config import RunConfig
 from gainlora.data.collate import collate
 from gainlora.model.router import RIDGE, Router
 from tests.runs import create, learn, learner, project, state
@@ -76,9 +75,3 @@ def test_a_run_resumes_to_the_same_router(tmp_path, kind):
         run.update(1)
     assert state(learn(root, method="routed-inflora")) == state(whole)
     assert all((whole.task_folder(t) / "router.safetensors").is_file() for t in (1, 2, 3))
-
-
-@pytest.mark.parametrize("method", ["routed-seqlora", "routed-single", "routed-multitask"])
-def test_methods_without_branches_of_their_own_are_refused(method):
-    with pytest.raises(Exception, match="nothing can weigh the branches of"):
-        RunConfig.of("base", method=method)

@@ -9,34 +9,21 @@ from tests.tiny import tiny_adapter, tiny_llama, tiny_t5
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "parameters", "width", "q", "v", "attentions"),
     [
-        ("t5-large", 737_668_096),
-        ("t5-xl", 2_849_757_184 - 32_128 * 2048),  # the checkpoint's own output layer, tied here
-        ("llama-2-7b", 6_738_415_616),
-        ("llama-2-13b", 13_015_864_320),
-        ("llama-3-8b", 8_030_261_248),
-        ("smollm2-135m", 134_515_008),
+        ("t5-large", 737_668_096, 1024, 1024, 1024, 24 + 2 * 24),  # encoder; decoder's self- and cross-attention
+        ("t5-xl", 2_849_757_184 - 32_128 * 2048, 2048, 2048, 2048, 24 + 2 * 24),  # the output layer is tied here
+        ("llama-2-7b", 6_738_415_616, 4096, 4096, 4096, 32),
+        ("llama-2-13b", 13_015_864_320, 5120, 5120, 5120, 40),
+        ("llama-3-8b", 8_030_261_248, 4096, 32 * 128, 8 * 128, 32),  # 8 of 32 heads have keys and values
+        ("smollm2-135m", 134_515_008, 576, 9 * 64, 3 * 64, 30),
     ],
 )
-def test_models_have_their_published_size_and_no_weights(name, parameters):
+def test_models_have_their_published_size_no_weights_and_adapted_queries_and_values(
+    name, parameters, width, q, v, attentions
+):
     built = list(without_weights(shapes.MODELS[name](), torch.float32).parameters())
-    assert sum(p.numel() for p in built) == parameters
-    assert {p.device.type for p in built} == {"meta"}
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "q", "v", "attentions"),
-    [
-        ("t5-large", 1024, 1024, 1024, 24 + 2 * 24),  # encoder; decoder's self- and cross-attention
-        ("t5-xl", 2048, 2048, 2048, 24 + 2 * 24),
-        ("llama-2-7b", 4096, 4096, 4096, 32),
-        ("llama-2-13b", 5120, 5120, 5120, 40),
-        ("llama-3-8b", 4096, 32 * 128, 8 * 128, 32),  # 8 of 32 heads have keys and values
-        ("smollm2-135m", 576, 9 * 64, 3 * 64, 30),
-    ],
-)
-def test_query_and_value_of_every_attention_are_adapted(name, width, q, v, attentions):
+    assert sum(p.numel() for p in built) == parameters and {p.device.type for p in built} == {"meta"}
     shape = shapes.shape(name)
     assert shape.width == width and shape.encoder_decoder == name.startswith("t5")
     assert list(shape.layers) == [(width, q), (width, v)] * attentions
