@@ -197,6 +197,7 @@ REFUSED = [
     ({"seed": 2**63 - 1}, "expected less than 4294967296"),
     ({"lora.rank": 2.5}, "lora.rank: got 2.5, expected a whole number"),
     ({"lora.targets": "q"}, "lora.targets: got 'q', expected a list"),
+    ({"lora.targets": []}, "lora.targets: got [], expected a list that is not empty"),
     ({"gate.score": "dot"}, "gate.score: got 'dot', expected 'cosine' or 'linear'"),
     ({"gate.depth": 10**6}, "gate.depth: got 1000000, expected 64 or less"),
     ({"evaluate.num_beams": 10**6}, "evaluate.num_beams: got 1000000, expected 256 or less"),
