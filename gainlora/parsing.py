@@ -22,6 +22,7 @@ EXPECTED = {
     "string_too_short": "text that is not empty",
     "string_unicode": "text in Unicode",
     "tuple_type": "a list",
+    "too_short": "a list that is not empty",
     "dict_type": "option: value",
     "model_type": "a section with options",
     "literal_error": "{expected}",

@@ -103,7 +103,7 @@ class LoraConfig(Section):
     """Rows of A_i, columns of B_i."""
     alpha: Positive = 16.0
     """Scaling numerator."""
-    targets: Names | None = None
+    targets: Annotated[Names, Field(min_length=1)] | None = None
     """Names of the linear layers to adapt; null: q and v projections of every attention."""
 
 

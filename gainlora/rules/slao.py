@@ -9,6 +9,7 @@ Qiao and Mahdavi, Merge before Forget: A Single LoRA Continual Learning via Cont
 
 import math
 
+from gainlora.errors import GainLoRAError
 from gainlora.rules import Branch, BranchRule, Gradients, Model, Start
 
 
@@ -18,6 +19,11 @@ class Rule(BranchRule):
     def start(self, new: Start) -> Branch:
         import torch
 
+        if new.rank > new.layer.in_features:
+            raise GainLoRAError(
+                f"lora.rank: {new.rank}: slao's rows are orthonormal; give the {new.layer.in_features} inputs of a layer "
+                "or less."
+            )
         if new.last is None:
             return super().start(new)
         A, new.layer.memory["merged_B"] = new.last

@@ -280,7 +280,7 @@ class ContinualLearner:
             "loss": [sum(part) / tenth for part in (losses[:tenth], losses[-tenth:])],
             **({"replayed": self.replayed} if self.replayed else {}),
             "truncated": sum(self.rows(tasks, "train")["truncated"]),
-            "zero_rows": zero_rows(self.model),
+            "zero_rows": zero_rows(self.model) if self.config.rule.input_memory else {},
             **({"cut": cut} if (cut := self.cut(tasks)) else {}),
             **({"validation": chosen} if chosen else {}),
             "trainable_parameters": self.trainable_parameters,

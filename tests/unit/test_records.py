@@ -16,7 +16,13 @@ def edit(path, **values):
 
 @pytest.mark.parametrize(
     ("method", "scores", "at_once"),
-    [("gainlora-inflora", R, False), ("seqlora", R, False), ("multitask", [R[2]], True), ("inclora", [[55.0]], False)],
+    [
+        ("gainlora-inflora", R, False),
+        ("seqlora", R, False),
+        ("multitask", [R[2]], True),
+        ("inclora", [[55.0]], False),
+        ("multitask", [[55.0]], True),
+    ],
 )
 def test_a_run_comes_back_whole(tmp_path, method, scores, at_once):
     folder = write_run(tmp_path, scores, method, tasks=THREE[: len(scores[-1])], at_once=at_once)

@@ -133,6 +133,11 @@ def test_ewc_penalty_is_the_quadratic_form():
     assert float(penalty()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_slao_refuses_a_rank_that_no_orthonormal_rows_have(root):
+    with pytest.raises(GainLoRAError, match=r"^lora\.rank: 33: .* give the 32 inputs of a layer or less"):
+        learn(root, method="slao", lora__rank=33)
+
+
 def test_slao_merges_into_one_branch_of_constant_size(root):
     started = {}
     start = GainLoRAModel.start_branch

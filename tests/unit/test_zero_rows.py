@@ -46,6 +46,13 @@ def test_layers_with_fewer_inputs_than_the_rank_get_zero_rows(tmp_path, method, 
     assert state["encoder.block.0.layer.0.SelfAttention.q.lora_B"][0].any(0).all()  # with enough, every row learns
 
 
+def test_a_rule_without_input_memory_has_no_zero_rows_whatever_the_blocks(tmp_path):
+    tiny_llama(tmp_path / "base")
+    tiny_params(tmp_path, tmp_path / "base", 1, method="gainlora-olora", subspace__covariance_blocks=3)
+    run = learn(tmp_path)  # 3 does not divide 32
+    assert json.loads((run.task_folder(1) / "scores.json").read_text())["zero_rows"] == {}
+
+
 def test_a_task_that_no_layer_can_learn_is_refused_and_nothing_is_lost(tmp_path):
     tiny_llama(tmp_path / "base", hidden_size=16)
     tiny_params(tmp_path, tmp_path / "base", method="inflora", subspace__threshold=1.0)
