@@ -21,7 +21,7 @@ class Rule(BranchRule):
 
         if new.rank > new.layer.in_features:
             raise GainLoRAError(
-                f"lora.rank: {new.rank}: slao's rows are orthonormal; give the {new.layer.in_features} inputs of a layer "
+                f"lora.rank: {new.rank}: slao's rows are orthonormal; give a layer's {new.layer.in_features} inputs "
                 "or less."
             )
         if new.last is None:
