@@ -99,6 +99,16 @@ class Figures:
         one = Frame(self.runs(method, **where))
         return f"{one.roles(one.groups.index[0])['own task'].iloc[branch - 1]:.2f}"
 
+    def zeros(self, method: str, **where: Any) -> int:
+        """Number of tasks with a score of 0 after the last task, in the first run."""
+        return self.runs(method, **where)[0].R[-1].count(0)
+
+    def majority(self, task: str, method: str, **where: Any) -> str:
+        """Score of the task's most frequent label."""
+        rows = self.frame.values
+        rows = rows[(rows["run_id"] == self.runs(method, **where)[0].run_id) & (rows["metric"] == "majority")]
+        return f"{rows.loc[rows['task'] == task, 'value'].iloc[0]:.0f}"
+
     def score(self, task: str, method: str, step: int | None = None, **where: Any) -> str:
         """Score on a task after the last task, or after task `step` (from 1); mean over seeds."""
         runs = self.runs(method, **where)
