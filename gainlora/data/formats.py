@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
@@ -278,11 +279,15 @@ def _file(folder: Path, split: str) -> Path | None:
 def _table(text: str, path: Path) -> Iterator[dict[str, str]]:
     """Rows of CSV or TSV; spreadsheets of many countries separate by semicolons."""
     header = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    declared = re.fullmatch("sep=(.)", header.strip())  # as spreadsheets write it
+    usual = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
+    delimiter = declared[1] if declared else usual
     csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows = filter(None, reader)
+        if declared:
+            next(rows)
         names = [name.strip() for name in next(rows, [])]
         if len(set(names)) < len(names):
             raise GainLoRAError(f"{path}: a column is given twice (columns: {', '.join(names)}); {REMEDY}.")

@@ -127,8 +127,9 @@ def test_refused_tables_name_file_row_and_columns(tmp_path, case):
     assert message in str(caught.value) and str(tmp_path / "mine.csv") in str(caught.value)
 
 
-def test_a_table_begins_at_its_first_line_that_holds_columns(tmp_path):
-    (tmp_path / "MINE.CSV").write_text("\ntext;label\na,b;c\n")
+@pytest.mark.parametrize("content", ["\ntext;label\na,b;c\n", "sep=;\ntext;label\na,b;c\n"])
+def test_a_table_begins_at_its_first_line_that_holds_columns(tmp_path, content):
+    (tmp_path / "MINE.CSV").write_text(content)
     assert pairs(Source.of(tmp_path / "MINE.CSV").read("train")[0].examples) == [("a,b", "c")]
 
 
