@@ -12,7 +12,6 @@ from benchmarks import compiled, covariance, evaluation, generation, gpu, subspa
 @pytest.mark.parametrize("name", ["tiny-t5", "tiny-llama"])
 def test_every_group_of_a_model_runs(name, monkeypatch):
     monkeypatch.setattr(generation, "BRANCHES", 2)
-    monkeypatch.setattr(training, "MANY", 3)
     rows = [
         *training.rows(name, batch_size=2, length=16, rounds=1),  # asserts that compared sides compute the same
         *gpu.rows(name, torch.float32, 2, 16, rounds=1, answer=4),

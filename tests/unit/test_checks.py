@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gainlora.config import load_config
-from gainlora.data.checks import inspect
+from gainlora.data.checks import inspect, majority_score
 from gainlora.data.instances import Example
 from gainlora.data.tasks import Task, take_task
 from gainlora.errors import GainLoRAError
@@ -85,6 +85,12 @@ def test_data_that_make_scores_doubtful_are_counted(case):
     train, test, *parts = NOTES[case]
     notes = inspect(task(train, test)).notes
     assert any(all(part in note for part in parts) for note in notes), notes
+
+
+def test_the_majority_is_that_of_the_answers_that_are_learned():
+    mine = task([["a", "b"], ["a", "b"], "b"], ["a", "b", ["c", "A."], "b"])
+    assert majority_score(mine, False) == 50 and majority_score(mine, True) == 25
+    assert majority_score(task(["a"], ["a"], "rouge_l"), False) is None
 
 
 def test_good_data_have_no_notes():

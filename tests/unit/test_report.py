@@ -20,7 +20,7 @@ from gainlora.report.frame import (
 )  # fmt: skip
 from gainlora.report.one_run import matrix_table
 from gainlora.report.report import report_page
-from gainlora.runs.records import read_run
+from gainlora.runs.records import Key, read_run
 from tests.fake_run import FORGETS, THREE, R, run_of, write_run
 
 FIFTEEN = [f"task{i}" for i in range(15)]
@@ -89,6 +89,7 @@ def test_methods_differ_where_the_intervals_over_seeds_and_over_examples_exclude
 
 def test_what_was_learned_and_passed_on_stands_beside_single(tmp_path):
     records = [run_of(tmp_path, R), run_of(tmp_path, [[90.0], [90.0, 95.0], [90.0, 95.0, 97.0]], "single")]
+    records[0].steps[0].values[Key("general.loss")] = 9.0  # the last step alone counts
     gated, single = section(page(records), "Learning, transfer and general ability")[1:]
     assert gated[3:8] == ["81.0", "82.8", "4.0", "13.0", "0.250"] and single[3] == "94.0"
 
@@ -165,6 +166,8 @@ def test_means_that_mix_code_versions_are_named_and_a_repeated_seed_is_kept_apar
     assert len(frame.groups) == 1
     (sentence,) = frame.provenance()
     assert "2 runs of 2 code" in sentence and "mix them: 1: gainlora-inflora" in sentence and "for seed 2" in sentence
+    unfinished = read_run(write_run(tmp_path, [[80.0]], seed=3, tasks=THREE, steps=1, examples=2))
+    assert "mix them: 0" in Frame([one, changed(unfinished, code="b" * 64)]).provenance()[0]
     again = changed(run(tmp_path, 84, seed=1, code="d"), code="b" * 64)
     apart = Frame([one, two, again])
     assert sorted(apart.groups["runs"]) == [1, 2] and "mix them: 0" in apart.provenance()[0]
@@ -179,6 +182,8 @@ def test_unequal_budgets_are_stated_and_not_compared(tmp_path, options):
     assert next(iter(options)) in sentence
     same = Frame([run(tmp_path, 84, seed=5), run(tmp_path, 74, "inflora", 5, options={"gate.hidden": 7})])
     assert len(same.paired()) == 1 and same.unequal(same.groups) == []
+    free = run(tmp_path, 84, seed=6, options={"gate.constrain_update": False})
+    assert Frame([free, run(tmp_path, 74, "inflora", 6)]).paired().empty
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -276,6 +281,8 @@ def test_published_figures_do_not_stand_beside_unfinished_or_varied_runs(tmp_pat
     records = [run(tmp_path, 50, seed=s, **{**PAPER, **paper(**{"gate.hidden": 100 * s})}) for s in (1, 2)]
     frame = Frame([part, *records])
     assert [frame.published_beside(group) for group in frame.groups.index] == [None] * 3
+    lacking = Frame([changed(run(tmp_path, 50, seed=3, **PAPER), skipped=["task15"])])
+    assert lacking.published_beside(lacking.groups.index[0]) is None
 
 
 def test_gates_on_own_earlier_and_later_tasks(tmp_path):

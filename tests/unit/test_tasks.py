@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gainlora.data.prompts import as_prompts
 from gainlora.data.tasks import load_order, read_task
 from gainlora.errors import GainLoRAError
 from gainlora.sections import DataConfig, OrderConfig
@@ -53,6 +54,7 @@ def test_prompts_are_exact(tmp_path, template, definition, prompt):
     content = {**GOOD, "Definition": definition}
     task = read_task(write_task(tmp_path / "t", content, content), template, "exact_match")
     assert task.prompt(task.train[0]) == prompt
+    assert as_prompts([" Text: {a}\n"], template, {"t": task.instruction})[0].text == prompt  # as it is asked later
 
 
 def test_blank_references_are_dropped_and_blank_training_instances_counted(tmp_path):
@@ -94,8 +96,8 @@ BAD = {
     "output list with null": (instance(input="x", output=["y", None]), ["instance 1", "entry 1", "null"]),
     "definition in small letters": ({**GOOD, "definition": "x"}, ["'definition'", "nearly 'Definition'"]),
     "definitions": ({**GOOD, "Definitions": ["x"]}, ["'Definitions'", "nearly 'Definition'"]),
-    "definition misspelled": ({"Instances": GOOD["Instances"], "Defintion": "x"}, ["'Defintion'"]),
-    "definition with swapped letters": ({"Instances": GOOD["Instances"], "Defniition ": "x"}, ["'Defniition '"]),
+    "definition misspelled": ({"Instances": GOOD["Instances"], "Defintin": "x"}, ["'Defintin'"]),
+    "input with swapped letters": (instance(**{"input": "x", "output": "y", "inptu ": "z"}), ["'inptu '", "'input'"]),
     "a second kind of instances": ({**GOOD, "instance": []}, ["'instance'", "nearly 'Instances'"]),
     "a second input": (instance(input="x", output="y", Input="z"), ["instance 1", "'Input'", "nearly 'input'"]),
     "a second output": (instance(input="x", output="y", ouputs="z"), ["instance 1", "'ouputs'", "nearly 'output'"]),

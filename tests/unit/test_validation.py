@@ -192,6 +192,10 @@ def test_dev_json(tmp_path):
         task = hold_out(read, folder, DataConfig(validation=option))
         assert (task.validation_from, len(task.validation), task.train) == (DEV, 8, read.train)
         assert task.sha256 not in (read.sha256, carved.sha256)  # a run notices when the file changes
+    content = json.loads((folder / DEV).read_text())
+    (folder / DEV).write_text(json.dumps({**content, "Definition": ["Another"]}))
+    with pytest.raises(GainLoRAError, match=r"dev\.json: 'Definition' differs from train\.json's"):
+        hold_out(read, folder, DataConfig(validation="dev"))
     (folder / DEV).unlink()
     with pytest.raises(GainLoRAError, match=r"dev\.json: not found; set data\.validation") as caught:
         hold_out(read, folder, DataConfig(validation="dev"))
