@@ -274,8 +274,7 @@ def load_config(order: str, overrides: Mapping[str, Any] | None = None, params: 
     config = parse(RunConfig, given)
     if not config.order.tasks:
         raise GainLoRAError(f"orders.{config.order.name}.tasks: empty; name at least one task folder.")
-    single = (str(option).removeprefix(TASK_EPOCHS) for option in chosen if str(option).startswith(TASK_EPOCHS))
-    for task in (*chosen.get("train.task_epochs", ()), *single):
+    for task in (str(option).removeprefix(TASK_EPOCHS) for option in chosen if str(option).startswith(TASK_EPOCHS)):
         if task not in config.order.tasks:
             closest = did_you_mean(task, config.order.tasks)
             raise GainLoRAError(f"{TASK_EPOCHS}{task}: no task of order {config.order.name}{closest}.")

@@ -209,7 +209,6 @@ REFUSED = [
     ({"train.keep": "best"}, "train.keep: best needs validation examples"),
     ({"train.task_epochs.news_topic": 0}, "train.task_epochs.news_topic: got 0, expected 1 or more"),
     ({"train.task_epochs.news_topc": 2}, "train.task_epochs.news_topc: no task of order embedded; did you"),
-    ({"train.task_epochs": {"cb": 2}}, "train.task_epochs.cb: no task of order embedded"),
     ({"subspace.threshold": 1.2}, "subspace.threshold: got 1.2, expected 1"),
     ({"subspace.gate_threshold": 0}, "subspace.gate_threshold: got 0, expected a number above 0"),
     ({"train.learning_rate": float("nan")}, "train.learning_rate: got nan, expected a finite number"),
