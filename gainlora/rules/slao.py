@@ -21,8 +21,8 @@ class Rule(BranchRule):
 
         if new.rank > new.layer.in_features:
             raise GainLoRAError(
-                f"lora.rank: {new.rank}: exceeds a layer's {new.layer.in_features} inputs, so that slao's rows cannot be "
-                f"orthonormal; give {new.layer.in_features} or less."
+                f"lora.rank: {new.rank}: exceeds a layer's {new.layer.in_features} inputs, so that slao's rows cannot "
+                f"be orthonormal; give {new.layer.in_features} or less."
             )
         if new.last is None:
             return super().start(new)
