@@ -202,6 +202,7 @@ def test_a_finished_model_stands_alone(gated, tmp_path, capsys):
     card = (tmp_path / "model" / "README.md").read_text()
     result = json.loads((gated / "result.json").read_text())
     assert f"AP {result['AP']:.1f}, FT {result['FT']:.1f}" in card and "* made up" in card and "24 | 8" in card
+    assert card.count("|\n|") == len(result["tasks"]) * 2 + 2 and "|\n\n|" not in card  # rows of two tables
     for row, task in zip(result["R"], result["tasks"], strict=True):
         assert " | ".join([f"| {task}", *("" if v is None else f"{v:.1f}" for v in row)]) in card
     write_release(open_saved(tmp_path / "model"), tmp_path / "again")  # a copy of a copy keeps it all
