@@ -33,7 +33,7 @@ from gainlora.errors import GainLoRAError, add_context, did_you_mean, short_repr
 from gainlora.interrupts import end_with
 from gainlora.io import read_yaml
 from gainlora.parsing import parse
-from gainlora.runs.records import is_there, result_path
+from gainlora.runs.result_files import is_there, result_path
 from gainlora.runs.start import check_inputs
 from gainlora.sections import Names, Numbers, Section, Text
 

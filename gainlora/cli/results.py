@@ -94,7 +94,8 @@ def register(name: cli.RunName) -> None:
 
 def write_result(folder: Path, out: Path, label: str) -> Path:
     """Write a finished run's result file."""
-    from gainlora.runs.records import export, read_run
+    from gainlora.runs.records import read_run
+    from gainlora.runs.result_files import export
 
     return export(read_run(folder), out, label)
 

@@ -15,7 +15,8 @@ from gainlora.data.packaged import NOTE, PACKAGED
 from gainlora.errors import GainLoRAError, printable, reason
 from gainlora.export.saved import RUN, SavedModel, open_saved
 from gainlora.model.adapter_io import FILES, PUBLISHED
-from gainlora.runs.records import PHASES, Key, write_result_file
+from gainlora.runs.records import PHASES, Key
+from gainlora.runs.result_files import write_result_file
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.j2")

@@ -21,7 +21,8 @@ from gainlora.io import sha256, verify_checksums, whole_folder, write_json
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.adapter_io import find_adapter, read_config
 from gainlora.runs import identity
-from gainlora.runs.records import Record, read_result_file, read_run, step_of, write_result_file
+from gainlora.runs.records import Record, read_result_file, read_run, step_of
+from gainlora.runs.result_files import write_result_file
 
 if TYPE_CHECKING:
     from gainlora.training.learner import ContinualLearner

@@ -27,7 +27,7 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
     locked until the longer one is closed.
 
     Args:
-        run: finished.
+        run: finished, or interrupted while it learned this task.
         source: a task's folder, one file, or another source (`gainlora.data.formats.Source`).
         epochs: of the new task; None: the run's `train.epochs`.
 
@@ -37,9 +37,12 @@ def extended(run: Run, source: Source | Path | str, epochs: int | None = None) -
     """
     source = Source.of(source)
     name = source.name
-    _check_sequence(run)
+    # `latest` is the longer run already where learning it was interrupted: the same command resumes
+    interrupted = run.finished < len(run.steps) and "extends" in run.described and name == run.tasks[-1]
+    if not interrupted:
+        _check_sequence(run)
+        io.verify_checksums(run.task_folder(len(run.steps)))
     lineage.collect(run.root)
-    io.verify_checksums(run.task_folder(len(run.steps)))
     c, base = run.config, run.described["base"]
     location = locate_base(run)
     tokenizer = load_tokenizer(location, identity.revision(location, base))

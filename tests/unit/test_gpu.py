@@ -10,7 +10,7 @@ from gainlora import distributed
 from gainlora.errors import GainLoRAError
 from gainlora.export.saved import open_saved
 from gainlora.inference import Predictor
-from gainlora.model import gate, layers, subspace
+from gainlora.model import branches, gate, subspace
 from gainlora.model.adapter_config import GainLoRAConfig
 from gainlora.model.base import device_name, pick_dtype
 from gainlora.model.modeling import GainLoRAModel
@@ -68,8 +68,8 @@ def test_tf32_is_for_the_base_alone(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, called)
 
     spy(torch.nn.Linear, "forward", "base")
-    spy(layers, "_product", "gradients of branches")
-    spy(layers.Weights, "project", "branches")
+    spy(branches, "_product", "gradients of branches")
+    spy(branches.Weights, "project", "branches")
     spy(gate, "project_out", "gates")
     spy(gate.GateWeights, "coefficients", "frozen gates")
     spy(subspace, "principal_directions", "bases")

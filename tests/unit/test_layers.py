@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from gainlora.errors import GainLoRAError
-from gainlora.model.layers import Branches, GatedLoRALinear, Group, Integration, Weights
+from gainlora.model.branches import Branches, Weights
+from gainlora.model.layers import GatedLoRALinear, Group, Integration
 from tests.fake_gpu import FakeGPU
 from tests.tiny import tiny_llama, tiny_t5
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from gainlora.errors import GainLoRAError
-from gainlora.runs.records import Key, export, read_record, read_result_file, read_run, train_records, write_result_file
+from gainlora.runs.records import Key, read_record, read_result_file, read_run, train_records
+from gainlora.runs.result_files import export, write_result_file
 from tests.fake_run import BASE, BEFORE, THREE, R, stored, write_run
 
 
