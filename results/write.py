@@ -99,6 +99,13 @@ class Figures:
         one = Frame(self.runs(method, **where))
         return f"{one.roles(one.groups.index[0])['own task'].iloc[branch - 1]:.2f}"
 
+    def total(self, metric: str, method: str, **where: Any) -> str:
+        """A count's sum over all steps of the first run."""
+        rows = self.frame.values
+        rows = rows[(rows["run_id"] == self.runs(method, **where)[0].run_id) & (rows["metric"] == metric)]
+        assert len(rows), metric
+        return f"{rows['value'].sum():.0f}"
+
     def zeros(self, method: str, **where: Any) -> int:
         """Number of tasks with a score of 0 after the last task, in the first run."""
         return self.runs(method, **where)[0].R[-1].count(0)
